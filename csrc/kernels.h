@@ -1,0 +1,83 @@
+// The boundary between the operators (ops.cpp, which knows torch) and the kernels (which do not): plain structs
+// of pointers, sizes and strides. Strides count elements. ops.cpp has checked everything by the time a kernel
+// is called; sizes may be zero unless a struct says otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace pcafast {
+
+enum class Dtype : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// An activation or gradient, (examples, channels, positions) in whatever order it lies in memory.
+struct ChannelView {
+  const void* data;
+  Dtype dtype;
+  int64_t examples, channels, positions;
+  int64_t example_stride, channel_stride, position_stride;
+};
+
+// A batch of feature maps, (examples, channels, height, width).
+struct MapView {
+  const void* data;
+  Dtype dtype;
+  int64_t examples, channels, height, width;
+  int64_t example_stride, channel_stride, row_stride, column_stride;
+};
+
+// One batch of activation x gradient, added to the running sums.
+//
+// With s[n, c] = scale * sum over positions of a * g, and P positions, the batch adds
+//   sums[0, c] += sum over n of |s| / P          (molchanov2017)
+//   sums[1, c] += sum over n of s^2 / P          (molchanov2019)
+//   sums[2, c] += sum over n of s                (signed)
+//   sums[3, c] += |scale| * sum over n and positions of |a * g|   (absolute)
+//   examples += N,  positions += N * P
+// unless any of these is NaN or infinite: then the batch is left out and *skipped grows by one.
+struct TaylorArgs {
+  ChannelView activation, gradient;  // same sizes, each with its own strides and dtype
+  double scale;
+  double* examples;
+  double* positions;
+  double* sums;       // (4, channels), contiguous
+  int64_t* skipped;
+  double* workspace;  // (examples + 2, channels, 2) doubles, uninitialised
+};
+
+// One batch of activations, merged into running moments by the pairwise formula of Chan, Golub and LeVeque (1979).
+struct MomentsArgs {
+  ChannelView x;
+  double* count;            // positions seen
+  double* mean;             // (channels,)
+  double* centred_squares;  // (channels,)  sum of (x - mean)^2
+  double* absolute;         // (channels,)  sum of |x|
+  double* zeros;            // (channels,)  how many are exactly zero
+  int64_t* skipped;
+};
+
+// One batch merged into a running mean and co-moment, one block of channels per group.
+struct CovarianceArgs {
+  ChannelView x;
+  const double* weight;  // (examples, positions) contiguous, or null for all ones; zero leaves a position out
+  int64_t groups;        // divides x.channels
+  double* count;         // sum of the weights
+  double* mean;          // (channels,)
+  double* comoment;      // (groups, channels / groups, channels / groups)  sum of (x - mean)(x - mean)'
+  int64_t* skipped;
+};
+
+// Number of singular values of every map above max(atol, rtol * largest).
+struct RankArgs {
+  MapView x;
+  double rtol, atol;  // finite, not negative
+  int64_t* ranks;     // (examples, channels), contiguous; -1 for a map with a NaN or an infinity
+};
+
+namespace cpu {
+void taylor_update(const TaylorArgs& args);
+void channel_moments_update(const MomentsArgs& args);
+void covariance_update(const CovarianceArgs& args);
+void feature_map_rank(const RankArgs& args);
+}  // namespace cpu
+
+}  // namespace pcafast
