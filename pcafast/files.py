@@ -8,7 +8,7 @@ from pathlib import Path
 from pcafast.errors import FileError
 
 
-def write_atomically(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Write several files so that each is either its old self or wholly new.
 
     Every file is first written beside its target and flushed to the disk; only when all are complete

@@ -1,0 +1,204 @@
+// The native surface on one page: every operator's schema, every argument check, and the dispatch to the kernels,
+// which know nothing of torch (kernels.h). What each operator computes is said in pcafast/reference.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+#ifdef PCAFAST_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/kernels_cuda.h"
+#endif
+
+namespace pcafast {
+namespace {
+
+using at::Tensor;
+
+TORCH_LIBRARY(pcafast, m) {
+  m.def(
+      "covariance_update_(Tensor x, int channel_dim, int groups, Tensor? weight, Tensor(a!) count, "
+      "Tensor(b!) mean, Tensor(c!) comoment, Tensor(d!) skipped) -> ()");
+  m.def(
+      "taylor_update_(Tensor activation, Tensor gradient, int channel_dim, float scale, Tensor(a!) examples, "
+      "Tensor(b!) positions, Tensor(c!) sums, Tensor(d!) skipped) -> ()");
+  m.def(
+      "channel_moments_update_(Tensor x, int channel_dim, Tensor(a!) count, Tensor(b!) mean, "
+      "Tensor(c!) centred_squares, Tensor(d!) absolute, Tensor(e!) zeros, Tensor(f!) skipped) -> ()");
+  m.def("feature_map_rank(Tensor x, float rtol, float atol) -> Tensor");
+}
+
+Dtype element_type(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    default:
+      TORCH_CHECK_VALUE(false, name, ": expected float16, bfloat16, float32 or float64, got ", x.scalar_type());
+  }
+}
+
+void check_state(const char* name, const Tensor& state, at::IntArrayRef shape, const Tensor& x,
+                 at::ScalarType dtype = at::kDouble) {
+  TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous() &&
+                  state.device() == x.device(),
+              name, ": expected contiguous ", dtype, " of shape ", shape, " on ", x.device(), ", got ",
+              state.scalar_type(), " of shape ", state.sizes(), " on ", state.device());
+}
+
+int64_t checked_channel_dim(const char* name, const Tensor& x, int64_t channel_dim) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
+  TORCH_CHECK_VALUE(-x.dim() <= channel_dim && channel_dim < x.dim(), "channel_dim: expected one of the ", x.dim(),
+              " dimensions of ", name, ", got ", channel_dim);
+  return channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
+}
+
+// An activation as (examples, channels, positions); copies it if its positions do not lie at one stride.
+struct Channels {
+  Tensor tensor;  // keeps the memory alive
+  ChannelView view;
+
+  Channels(const char* name, Tensor x, int64_t channel_dim) : tensor(std::move(x)) {
+    channel_dim = checked_channel_dim(name, tensor, channel_dim);
+    if (!collapse(channel_dim)) {
+      tensor = tensor.contiguous();
+      collapse(channel_dim);
+    }
+    view.data = tensor.const_data_ptr();
+    view.dtype = element_type(name, tensor);
+  }
+
+ private:
+  bool collapse(int64_t channel_dim) {
+    const bool has_examples = channel_dim != 0;
+    view.examples = has_examples ? tensor.size(0) : 1;
+    view.example_stride = has_examples ? tensor.stride(0) : 0;
+    view.channels = tensor.size(channel_dim);
+    view.channel_stride = tensor.stride(channel_dim);
+    view.positions = 1;
+    view.position_stride = 1;
+    for (int64_t dim = tensor.dim() - 1; dim >= (has_examples ? 1 : 0); --dim) {
+      if (dim == channel_dim || tensor.size(dim) == 1) continue;
+      if (view.positions == 1) {
+        view.position_stride = tensor.stride(dim);
+      } else if (tensor.stride(dim) != view.position_stride * view.positions) {
+        return false;
+      }
+      view.positions *= tensor.size(dim);
+    }
+    return true;
+  }
+};
+
+Tensor workspace(at::IntArrayRef shape, const Tensor& like) {
+  return at::empty(shape, like.options().dtype(at::kDouble));
+}
+
+void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, const std::optional<Tensor>& weight,
+                        Tensor& count, Tensor& mean, Tensor& comoment, Tensor& skipped) {
+  const Channels channels("x", x, channel_dim);
+  const int64_t c = channels.view.channels;
+  TORCH_CHECK_VALUE(groups >= 1 && c % groups == 0, "groups: expected a divisor of the ", c, " channels of x, got ",
+              groups);
+  check_state("count", count, {}, x);
+  check_state("mean", mean, {c}, x);
+  check_state("comoment", comoment, {groups, c / groups, c / groups}, x);
+  check_state("skipped", skipped, {}, x, at::kLong);
+  Tensor weights;
+  if (weight.has_value()) {
+    auto shape = x.sizes().vec();
+    shape.erase(shape.begin() + checked_channel_dim("x", x, channel_dim));
+    TORCH_CHECK_VALUE(weight->sizes() == at::IntArrayRef(shape), "weight: expected the shape of x without channels, ",
+                at::IntArrayRef(shape), ", got ", weight->sizes());
+    weights = weight->to(x.device(), at::kDouble).contiguous();
+  }
+  cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups,
+                          count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
+                          comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
+}
+
+template <class Kernel>
+void taylor_update(Kernel kernel, const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
+                   Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
+  TORCH_CHECK_VALUE(gradient.sizes() == activation.sizes(), "gradient: expected the shape of the activation, ",
+              activation.sizes(), ", got ", gradient.sizes());
+  TORCH_CHECK_VALUE(gradient.device() == activation.device(), "gradient: expected it on the activation's device, ",
+              activation.device(), ", got ", gradient.device());
+  const auto common = at::promoteTypes(activation.scalar_type(), gradient.scalar_type());
+  const Channels a("activation", activation.to(common), channel_dim), g("gradient", gradient.to(common), channel_dim);
+  check_state("examples", examples, {}, activation);
+  check_state("positions", positions, {}, activation);
+  check_state("sums", sums, {4, a.view.channels}, activation);
+  check_state("skipped", skipped, {}, activation, at::kLong);
+  const Tensor work = workspace({a.view.examples + 2, a.view.channels, 2}, activation);
+  kernel(TaylorArgs{a.view, g.view, scale, examples.mutable_data_ptr<double>(), positions.mutable_data_ptr<double>(),
+                    sums.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>(),
+                    work.mutable_data_ptr<double>()});
+}
+
+void taylor_update_cpu(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
+                       Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
+  taylor_update(cpu::taylor_update, activation, gradient, channel_dim, scale, examples, positions, sums, skipped);
+}
+
+void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean,
+                             Tensor& centred_squares, Tensor& absolute, Tensor& zeros, Tensor& skipped) {
+  const Channels channels("x", x, channel_dim);
+  check_state("count", count, {}, x);
+  for (const auto& [name, state] : {std::pair<const char*, Tensor&>{"mean", mean},
+                                    {"centred_squares", centred_squares},
+                                    {"absolute", absolute},
+                                    {"zeros", zeros}}) {
+    check_state(name, state, {channels.view.channels}, x);
+  }
+  check_state("skipped", skipped, {}, x, at::kLong);
+  cpu::channel_moments_update({channels.view, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
+                               centred_squares.mutable_data_ptr<double>(), absolute.mutable_data_ptr<double>(),
+                               zeros.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
+}
+
+Tensor feature_map_rank(const Tensor& x, double rtol, double atol) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected feature maps of shape (N, C, H, W), got shape ", x.sizes());
+  TORCH_CHECK_VALUE(rtol >= 0 && std::isfinite(rtol), "rtol: expected a finite number that is not negative, got ", rtol);
+  TORCH_CHECK_VALUE(atol >= 0 && std::isfinite(atol), "atol: expected a finite number that is not negative, got ", atol);
+  Tensor ranks = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous));
+  cpu::feature_map_rank({{x.const_data_ptr(), element_type("x", x), x.size(0), x.size(1), x.size(2), x.size(3),
+                          x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
+                         rtol,
+                         atol,
+                         ranks.mutable_data_ptr<int64_t>()});
+  return ranks;
+}
+
+TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
+  m.impl("covariance_update_", covariance_update_);
+  m.impl("taylor_update_", taylor_update_cpu);
+  m.impl("channel_moments_update_", channel_moments_update_);
+  m.impl("feature_map_rank", feature_map_rank);
+}
+
+#ifdef PCAFAST_WITH_CUDA
+void taylor_update_cuda(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
+                        Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
+  const c10::cuda::CUDAGuard device(activation.device());
+  taylor_update(
+      [](const TaylorArgs& args) { cuda::taylor_update(args, c10::cuda::getCurrentCUDAStream()); }, activation,
+      gradient, channel_dim, scale, examples, positions, sums, skipped);
+}
+
+TORCH_LIBRARY_IMPL(pcafast, CUDA, m) { m.impl("taylor_update_", taylor_update_cuda); }
+#endif
+
+}  // namespace
+}  // namespace pcafast
+
+// Importing the module loads the library, which registers the operators; it has nothing else to offer.
+PYBIND11_MODULE(_C, m) { m.doc() = "pcafast's native operators, registered as torch.ops.pcafast"; }

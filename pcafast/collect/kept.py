@@ -1,0 +1,58 @@
+"""Keeping an activation until its gradient comes, the way autograd keeps its own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcafast.errors import PcafastError
+
+
+class _Save(torch.autograd.Function):
+    """A graph node of no effect that saves a tensor.
+
+    Saving through autograd makes activation checkpointing recompute the tensor and offloading move it, and
+    notices if it is overwritten.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:  # pragma: no cover  (nothing depends on the output)
+        return None, None
+
+
+_ANCHOR = torch.zeros((), requires_grad=True)  # a node is only made if an input requires a gradient
+
+
+class KeptActivation:
+    """Holds an activation for as long as this object lives."""
+
+    def __init__(self, layer: str, x: Tensor) -> None:
+        self._layer = layer
+        self.replace(x)
+
+    def replace(self, x: Tensor) -> None:
+        """Hold another tensor instead."""
+        with torch.enable_grad():
+            self._node: Any = _Save.apply(_ANCHOR, x.detach()).grad_fn
+
+    def get(self) -> Tensor:
+        """The activation.
+
+        Raises:
+            PcafastError: it was overwritten in the meantime.
+        """
+        try:
+            saved: Tensor = self._node.saved_tensors[0]
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise PcafastError(
+                f"The output of layer {self._layer!r} was overwritten in place before its gradient was known. Use "
+                'tap="activation", or make what follows the layer not work in place.'
+            ) from error
+        return saved

@@ -1,0 +1,153 @@
+"""Stateless statistics: one call, one answer.
+
+Tensors are float16, bfloat16, float32 or float64 on any device; sums are float64. Dimension 0 is the example,
+``channel_dim`` the channel, and all others are positions (pixels or tokens).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from pcafast.errors import ArgumentError
+from pcafast.native import operators
+
+TaylorReduction = Literal["molchanov2017", "molchanov2019", "signed", "absolute"]
+LossReduction = Literal["mean", "sum"]
+
+
+class MeanCovariance(NamedTuple):
+    """Mean (C,) and covariance (C, C), float64; with G > 1 groups the covariance is (G, C/G, C/G)."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def covariance(x: Tensor, *, channel_dim: int = 1, correction: int = 0) -> MeanCovariance:
+    """Mean and covariance of the channels over all examples and positions.
+
+    Args:
+        x: activations, (N, C, *) or with the channels elsewhere.
+        channel_dim: which dimension holds the channels.
+        correction: what is taken from the number of samples in the divisor; 1 gives the unbiased estimate.
+
+    Returns:
+        mean (C,) and covariance (C, C), float64.
+
+    Raises:
+        ValueError: x has no samples, holds NaN or infinities, or is not of a floating dtype.
+    """
+    count, mean, comoment, skipped = _zeros(x, (), _channels(x, channel_dim), (1, *_channels(x, channel_dim) * 2), None)
+    operators.covariance_update_(x, channel_dim, 1, None, count, mean, comoment, skipped)
+    _require_data("x", x, skipped)
+    return finish_covariance(count, mean, comoment, correction)
+
+
+def finish_covariance(count: Tensor, mean: Tensor, comoment: Tensor, correction: int) -> MeanCovariance:
+    """The covariance that belongs to a running count (), mean (C,) and co-moment (G, C/G, C/G)."""
+    if not count > correction:
+        raise ArgumentError(f"correction: expected less than the {count.item():g} samples seen, got {correction}")
+    blocks = comoment / (count - correction)
+    return MeanCovariance(mean.clone(), blocks[0] if len(blocks) == 1 else blocks)
+
+
+def taylor_scores(
+    activation: Tensor,
+    gradient: Tensor,
+    *,
+    channel_dim: int = 1,
+    reduction: TaylorReduction = "molchanov2017",
+    loss_reduction: LossReduction = "mean",
+) -> Tensor:
+    """Importance of every channel from activation x gradient.
+
+    With a the activation, g the gradient of an example's own loss, P the number of positions and
+    s = sum over positions of a * g for one example and channel:
+
+    - ``molchanov2017``: mean over examples of abs(s) / P (arXiv 1611.06440)
+    - ``molchanov2019``: mean over examples of s**2 / P (arXiv 1906.10771, with the feature map as the gate)
+    - ``signed``: absolute value of the mean of a * g over examples and positions (pytorch-pruning)
+    - ``absolute``: mean of abs(a * g) over examples and positions
+
+    Args:
+        activation: (N, C, *), or with the channels elsewhere.
+        gradient: of the loss by the activation, of the same shape.
+        channel_dim: which dimension holds the channels.
+        reduction: one of the four above.
+        loss_reduction: how the batch's loss was made from its examples'. The gradient of a ``mean`` is
+            multiplied by N to give each example's own.
+
+    Returns:
+        (C,) float64.
+
+    Raises:
+        ValueError: shapes differ, no data, NaN or infinities, or a dtype that is not floating.
+    """
+    examples, positions, sums, skipped = _zeros(activation, (), (), (4, *_channels(activation, channel_dim)), None)
+    scale = loss_scale(activation, loss_reduction)
+    operators.taylor_update_(activation, gradient, channel_dim, scale, examples, positions, sums, skipped)
+    _require_data("activation and gradient", activation, skipped)
+    return finish_taylor(examples, positions, sums, reduction)
+
+
+def loss_scale(activation: Tensor, loss_reduction: LossReduction) -> float:
+    """What a gradient is multiplied by to be that of each example's own loss."""
+    if loss_reduction not in get_args(LossReduction):
+        raise ArgumentError(f"loss_reduction: expected 'mean' or 'sum', got {loss_reduction!r}")
+    return float(activation.shape[0]) if loss_reduction == "mean" else 1.0
+
+
+def finish_taylor(examples: Tensor, positions: Tensor, sums: Tensor, reduction: TaylorReduction) -> Tensor:
+    """The scores (C,) that belong to running sums (4, C)."""
+    if reduction not in get_args(TaylorReduction):
+        raise ArgumentError(f"reduction: expected one of {get_args(TaylorReduction)}, got {reduction!r}")
+    row = get_args(TaylorReduction).index(reduction)
+    divisor = examples if reduction.startswith("molchanov") else positions
+    return sums[row].abs() / divisor
+
+
+def feature_map_rank(x: Tensor, *, rtol: float | None = None, atol: float = 0.0) -> Tensor:
+    """Rank of every feature map: how many singular values exceed max(atol, rtol * largest).
+
+    Args:
+        x: feature maps (N, C, H, W).
+        rtol: relative to the map's largest singular value; by default max(H, W) * eps of float32, the choice
+            of ``torch.linalg.matrix_rank`` for float32 maps and so of HRank (arXiv 2002.10179).
+        atol: absolute.
+
+    Returns:
+        (N, C) int64; -1 for a map that holds NaN or an infinity.
+
+    Raises:
+        ValueError: x is not four-dimensional or not of a floating dtype; rtol or atol negative or not finite.
+    """
+    ranks: Tensor = operators.feature_map_rank(x, default_rtol(x) if rtol is None else rtol, atol)
+    return ranks
+
+
+def default_rtol(x: Tensor) -> float:
+    """max(H, W) * eps of float32."""
+    return max(x.shape[-2:], default=0) * torch.finfo(torch.float32).eps
+
+
+def _channels(x: Tensor, channel_dim: int) -> tuple[int]:
+    if not -x.ndim <= channel_dim < x.ndim:
+        raise ArgumentError(
+            f"channel_dim: expected one of the {x.ndim} dimensions of shape {tuple(x.shape)}, got {channel_dim}"
+        )
+    return (x.shape[channel_dim],)
+
+
+def _zeros(x: Tensor, *shapes: tuple[int, ...] | None) -> list[Tensor]:
+    """Empty float64 sums on the device of x; None stands for the integer count of skipped batches."""
+    return [
+        torch.zeros(shape or (), dtype=torch.int64 if shape is None else torch.float64, device=x.device)
+        for shape in shapes
+    ]
+
+
+def _require_data(name: str, x: Tensor, skipped: Tensor) -> None:
+    if x.numel() == 0:
+        raise ArgumentError(f"{name}: expected at least one sample, got shape {tuple(x.shape)}")
+    if skipped:
+        raise ArgumentError(f"{name}: expected finite values, got NaN or infinities")

@@ -1,0 +1,21 @@
+"""Streaming statistics: update batch by batch, merge, reduce over processes, save. One file per statistic."""
+
+from pcafast.statistics.channel_moments import ChannelMoments, Moments
+from pcafast.statistics.covariance import Covariance, GradientCovariance
+from pcafast.statistics.feature_map_rank import FeatureMapRank
+from pcafast.statistics.statistic import NonFiniteError, Statistic
+from pcafast.statistics.storage import load_statistics, save_statistics
+from pcafast.statistics.taylor import Taylor
+
+__all__ = [
+    "ChannelMoments",
+    "Covariance",
+    "FeatureMapRank",
+    "GradientCovariance",
+    "Moments",
+    "NonFiniteError",
+    "Statistic",
+    "Taylor",
+    "load_statistics",
+    "save_statistics",
+]

@@ -1,0 +1,111 @@
+"""Covariance of activations and of gradients."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pcafast.errors import ArgumentError
+from pcafast.functional import LossReduction, MeanCovariance, finish_covariance, loss_scale
+from pcafast.native import operators
+from pcafast.statistics.centred import combine_centred
+from pcafast.statistics.statistic import State, Statistic, Total
+
+
+@dataclasses.dataclass(kw_only=True)
+class _ChannelCovariance(Statistic):
+    """Mean and covariance over all examples and positions, in float64.
+
+    A layer with G > 1 groups has one (C/G, C/G) block per group.
+    """
+
+    states: ClassVar[dict[str, State]] = {
+        "count": State(),
+        "mean": State(("channels",)),
+        "comoment": State(("groups", "group channels", "group channels")),
+        "skipped": State(dtype=torch.int64),
+    }
+
+    groups: int = 1
+    correction: int = 0
+
+    def compute(self) -> MeanCovariance:
+        """Mean (C,) and covariance (C, C), or (G, C/G, C/G) for G > 1 groups, float64."""
+        self._require_data()
+        state = self._state
+        return finish_covariance(state["count"], state["mean"], state["comoment"], self.correction)
+
+    def _accumulate(self, x: Tensor, weight: Tensor | None) -> None:
+        channels = x.shape[self.channel_dim]
+        if channels % self.groups:
+            raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
+        sizes = {"channels": channels, "groups": self.groups, "group channels": channels // self.groups}
+        state = self._ready(x.device, sizes)
+        operators.covariance_update_(
+            x, self.channel_dim, self.groups, weight, state["count"], state["mean"], state["comoment"], state["skipped"]
+        )
+        self._after_update()
+
+    def _has_data(self) -> bool:
+        return bool(self._state["count"] > 0)
+
+    def _combined(self, parts: Sequence[Mapping[str, Tensor]], total: Total) -> dict[str, Tensor]:
+        def outer(deviation: Tensor) -> Tensor:
+            blocks = deviation.view(parts[0]["comoment"].shape[:2])
+            return blocks.unsqueeze(2) * blocks.unsqueeze(1)
+
+        skipped = total([part["skipped"] for part in parts])
+        return {**combine_centred(parts, total, "comoment", outer), "skipped": skipped}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Covariance(_ChannelCovariance):
+    """Mean and covariance of a layer's output or input channels over all examples and positions.
+
+    Attributes:
+        side: whether ``collect`` gives it the layer's output or its input (of a convolution: its pixels, not patches).
+        groups: of the channels; ``collect`` takes the layer's.
+        correction: what is taken from the number of samples in the divisor; 1 gives the unbiased estimate.
+    """
+
+    side: Literal["output", "input"] = "output"
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The values that settings with few of them can have."""
+        return {**super().choices(), "side": ("output", "input")}
+
+    def update(self, x: Tensor, *, weight: Tensor | None = None) -> None:
+        """Take in one batch.
+
+        Args:
+            x: activations (N, C, *), or with the channels in ``channel_dim``.
+            weight: mask or weights over positions, of the shape of x without channels; 0 or False leaves one out.
+        """
+        self._accumulate(x, weight)
+
+
+@dataclasses.dataclass(kw_only=True)
+class GradientCovariance(_ChannelCovariance):
+    """Mean and covariance of the loss gradient by a layer's output, over all examples and positions.
+
+    Attributes:
+        loss_reduction: how the batch's loss was made from its examples'; the gradient of a ``mean`` is multiplied
+            by the batch size to be that of each example's own loss.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    loss_reduction: LossReduction = "mean"
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The values that settings with few of them can have."""
+        return {**super().choices(), "loss_reduction": ("mean", "sum")}
+
+    def update(self, gradient: Tensor, *, weight: Tensor | None = None) -> None:
+        """Take in one batch of gradients, shaped as the activation; ``weight`` as for ``Covariance``."""
+        scale = loss_scale(gradient, self.loss_reduction)
+        self._accumulate(gradient if scale == 1 else gradient * scale, weight)

@@ -1,0 +1,63 @@
+"""Taylor scores of channels, streamed."""
+
+import dataclasses
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from pcafast.functional import LossReduction, TaylorReduction, finish_taylor, loss_scale
+from pcafast.native import operators
+from pcafast.statistics.statistic import State, Statistic
+
+
+@dataclasses.dataclass(kw_only=True)
+class Taylor(Statistic):
+    """Importance of every channel from activation x gradient.
+
+    Attributes:
+        reduction: which of the four of ``pcafast.functional.taylor_scores`` to compute.
+        loss_reduction: how the batch's loss was made from its examples'; the gradient of a ``mean`` is multiplied
+            by the batch size to be that of each example's own loss.
+    """
+
+    states: ClassVar[dict[str, State]] = {
+        "examples": State(),
+        "positions": State(),
+        "sums": State(("reductions", "channels")),
+        "skipped": State(dtype=torch.int64),
+    }
+    needs_gradient: ClassVar[bool] = True
+
+    reduction: TaylorReduction = "molchanov2017"
+    loss_reduction: LossReduction = "mean"
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The values that settings with few of them can have."""
+        return {**super().choices(), "reduction": get_args(TaylorReduction), "loss_reduction": get_args(LossReduction)}
+
+    def update(self, activation: Tensor, gradient: Tensor) -> None:
+        """Take in one batch of activations (N, C, *) and gradients of the same shape."""
+        sizes = {"reductions": len(get_args(TaylorReduction)), "channels": activation.shape[self.channel_dim]}
+        state = self._ready(activation.device, sizes)
+        operators.taylor_update_(
+            activation,
+            gradient,
+            self.channel_dim,
+            loss_scale(activation, self.loss_reduction),
+            state["examples"],
+            state["positions"],
+            state["sums"],
+            state["skipped"],
+        )
+        self._after_update()
+
+    def compute(self, reduction: TaylorReduction | None = None) -> Tensor:
+        """Scores (C,), float64, by the statistic's own reduction or, as the sums allow, by any other."""
+        self._require_data()
+        state = self._state
+        return finish_taylor(state["examples"], state["positions"], state["sums"], reduction or self.reduction)
+
+    def _has_data(self) -> bool:
+        return bool(self._state["examples"] > 0)
