@@ -1,8 +1,11 @@
 """pcafast streams the statistics that compressing a PyTorch model needs, and makes the smaller model."""
 
-from pcafast import functional
+from pcafast import data, functional, models
+from pcafast.apply import reestimate_batch_norm
 from pcafast.collect import Collection, collect
 from pcafast.errors import ArgumentError, FileError, PcafastError, PcafastWarning
+from pcafast.plan import Budget, Plan, plan_low_rank
+from pcafast.result import load, save
 from pcafast.statistics import (
     ChannelMoments,
     Covariance,
@@ -17,6 +20,7 @@ from pcafast.statistics import (
 
 __all__ = [
     "ArgumentError",
+    "Budget",
     "ChannelMoments",
     "Collection",
     "Covariance",
@@ -26,10 +30,17 @@ __all__ = [
     "NonFiniteError",
     "PcafastError",
     "PcafastWarning",
+    "Plan",
     "Statistic",
     "Taylor",
     "collect",
+    "data",
     "functional",
+    "load",
     "load_statistics",
+    "models",
+    "plan_low_rank",
+    "reestimate_batch_norm",
+    "save",
     "save_statistics",
 ]

@@ -1,0 +1,88 @@
+"""``pcafast compress``: make a smaller model."""
+
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from pcafast.apply import reestimate_batch_norm
+from pcafast.cli import options
+from pcafast.cli.doctor import environment
+from pcafast.cli.tables import as_report, comparison, console
+from pcafast.data import loader
+from pcafast.errors import ArgumentError
+from pcafast.loop import Costs, Evaluation, calibrate, evaluate, measure
+from pcafast.plan import Budget, plan_low_rank
+from pcafast.progress import track
+from pcafast.result import save
+from pcafast.statistics import Covariance
+
+LATENCY_BATCH = 64
+
+
+class Method(str, Enum):
+    """How the model is made smaller."""
+
+    pca = "pca"
+
+
+def command(
+    model: options.ModelName,
+    out: Annotated[Path, typer.Option(help="The folder to write the result to.")],
+    method: Annotated[Method, typer.Option(help="pca: low-rank layers from the covariance of their outputs.")] = (
+        Method.pca
+    ),
+    budget: Annotated[str | None, typer.Option(help="Share to keep, macs=0.5 or params=0.5.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of channels to keep in every layer.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of variance to keep in every layer.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
+    ] = None,
+    reestimate: Annotated[
+        bool, typer.Option("--reestimate-batch-norm", help="Measure the batch norms anew on the training images.")
+    ] = False,
+    data: options.Data = "digits",
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    images: options.Images = 1024,
+    batch_size: options.BatchSize = 128,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Compress a model and write the result: plan.json, model.safetensors and report.json."""
+    share = Budget.parse(budget) if budget else None
+    if (share is None) + (ratio is None) + (energy is None) != 2:
+        raise ArgumentError("expected exactly one of --budget, --ratio and --energy, such as --budget macs=0.5")
+    network = options.build_model(model, weights, None, num_classes, device)
+    test = options.open_images(data, "test", image_size)
+    train = options.open_images(data, "train", image_size)
+    batches = options.training_batches(train, images, batch_size, seed)
+
+    def judge(candidate: nn.Module, what: str) -> tuple[Evaluation, Costs]:
+        evaluation = evaluate(candidate, track(loader(test, batch_size=batch_size), f"evaluating {what}"))
+        return evaluation, measure(candidate, next(iter(loader(test, batch_size=LATENCY_BATCH)))[0])
+
+    before = judge(network, "the model")
+    stats = calibrate(network, track(batches, "collecting"), layers=layers, covariance=Covariance())
+    example = next(iter(loader(test, batch_size=1)))[0].to(options.choose_device(device))
+    plan = plan_low_rank(network, stats["covariance"], budget=share, ratio=ratio, energy=energy, example_input=example)
+    small = plan.apply(network)
+    if reestimate:
+        reestimate_batch_norm(small, track(batches, "re-estimating batch norms"))
+    after = judge(small, "the result")
+
+    report = {
+        "command": shlex.join(sys.argv),
+        "environment": environment(),
+        "data": {"train": train.name, "test": test.name, "images": min(images, len(train))},
+        "before": as_report(*before, LATENCY_BATCH),
+        "after": as_report(*after, LATENCY_BATCH),
+    }
+    save(small, plan, out, report)
+    console.print(comparison({"before": before, "after": after}, LATENCY_BATCH))
+    console.print(f"{len(plan.actions)} layers factorised, {len(plan.skipped)} left alone; written to {out}")

@@ -1,0 +1,60 @@
+"""``pcafast doctor``: what is installed, what is active, and why."""
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from pcafast import native
+from pcafast.cli.tables import console
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, as reports record them."""
+    return {
+        "pcafast": metadata.version("pcafast"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "native": native.MISSING is None,
+    }
+
+
+def command() -> None:
+    """Show what is installed, which kernels are active, and why others are not."""
+    for name, value in environment().items():
+        console.print(f"{name.replace('_', ' '):12} {'none' if value is None else value}", highlight=False)
+    if native.MISSING:
+        console.print(f"\nThe native library is not in use: {native.MISSING}", highlight=False)
+    elif built := native.build_description():
+        console.print(f"\nCUDA kernels: {built['cuda_reason']}", highlight=False)
+        if built["cuda_architectures"]:
+            console.print(f"architectures {built['cuda_architectures']}", highlight=False)
+    console.print(_operators())
+
+
+def _operators() -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("operator", "on the CPU", "on CUDA"):
+        table.add_column(title)
+    for name in native.OPERATORS:
+        on_cpu = "native" if native.MISSING is None else "reference, in plain torch"
+        on_cuda = "native" if name in native.OWN_CUDA_KERNELS else "reference, in plain torch"
+        table.add_row(name, on_cpu, on_cuda)
+    return table
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,96 @@
+"""``pcafast stats``: collect statistics of a model's layers into a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pcafast.bases import principal_components
+from pcafast.cli import options
+from pcafast.cli.tables import console
+from pcafast.collect import Collection
+from pcafast.errors import ArgumentError
+from pcafast.loop import calibrate
+from pcafast.progress import track
+from pcafast.statistics import (
+    ChannelMoments,
+    Covariance,
+    FeatureMapRank,
+    GradientCovariance,
+    Statistic,
+    Taylor,
+)
+
+KINDS: dict[str, Callable[[], Statistic]] = {
+    "covariance": Covariance,
+    "taylor": Taylor,
+    "rank": FeatureMapRank,
+    "gradient": GradientCovariance,
+    "moments": ChannelMoments,
+}
+
+
+def command(
+    model: options.ModelName,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    data: options.Data = "digits",
+    weights: options.Weights = None,
+    statistics: Annotated[str, typer.Option(help=f"Any of {', '.join(KINDS)}.")] = "covariance,taylor,rank",
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
+    ] = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    images: options.Images = 1024,
+    batch_size: options.BatchSize = 128,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Collect statistics over training images, in one pass, and write them to a file."""
+    chosen = {name: _kind(name)() for name in statistics.split(",")}
+    network = options.build_model(model, weights, None, num_classes, device)
+    dataset = options.open_images(data, "train", image_size)
+    batches = options.training_batches(dataset, images, batch_size, seed)
+    stats = calibrate(network, track(batches, "collecting"), layers=layers, **chosen)
+    stats.save(out)
+    console.print(_summary(stats))
+    console.print(f"{min(images, len(dataset))} training images of {dataset.name}; written to {out}")
+
+
+def _kind(name: str) -> Callable[[], Statistic]:
+    if name not in KINDS:
+        raise ArgumentError(f"--statistics: expected any of {', '.join(KINDS)}, got {name!r}")
+    return KINDS[name]
+
+
+def _summary(stats: Collection) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer")
+    for name in stats:
+        table.add_column(_COLUMNS[name][0], justify="right")
+    for layer in dict.fromkeys(layer for layers in stats.values() for layer in layers):
+        cells = [_COLUMNS[name][1](layers[layer]) if layer in layers else "" for name, layers in stats.items()]
+        table.add_row(layer, *cells)
+    return table
+
+
+def _directions(statistic: Statistic) -> str:
+    variances, _ = principal_components(statistic.compute().covariance)
+    variances = variances.flatten().sort(descending=True).values
+    needed = int((variances.cumsum(0) < 0.9 * variances.sum()).sum()) + 1
+    return f"{needed} of {len(variances)}"
+
+
+def _range(values: object) -> str:
+    return f"{min(values):.3g} .. {max(values):.3g}"  # type: ignore[call-overload]
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Statistic], str]]] = {
+    "covariance": ("directions with 90 % of variance", _directions),
+    "gradient": ("directions with 90 % of gradient variance", _directions),
+    "taylor": ("Taylor score", lambda statistic: _range(statistic.compute().tolist())),
+    "rank": ("mean rank", lambda statistic: _range(statistic.compute().tolist())),
+    "moments": ("channel mean", lambda statistic: _range(statistic.compute().mean.tolist())),
+}

@@ -1,0 +1,40 @@
+"""Tables that the commands print."""
+
+from rich.console import Console
+from rich.table import Table
+
+from pcafast.loop import Costs, Evaluation
+
+console = Console()
+
+
+def comparison(rows: dict[str, tuple[Evaluation, Costs]], batch_size: int) -> Table:
+    """Accuracy and costs of a model, one row for each of its states; ratios are to the first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for title in ("accuracy", "params", "MACs", f"latency (batch {batch_size})"):
+        table.add_column(title, justify="right")
+    first = next(iter(rows.values()))[1]
+    for name, (evaluation, costs) in rows.items():
+        table.add_row(
+            name,
+            f"{evaluation.accuracy:.2%}",
+            f"{costs.params:,} ({costs.params / first.params:.0%})",
+            f"{costs.macs:,} ({costs.macs / first.macs:.0%})",
+            f"{costs.seconds * 1000:.2f} ms ({costs.seconds / first.seconds:.0%})",
+        )
+    return table
+
+
+def as_report(evaluation: Evaluation, costs: Costs, batch_size: int) -> dict[str, float]:
+    """The same as plain data."""
+    return {
+        "accuracy": evaluation.accuracy,
+        "correct": evaluation.correct,
+        "images": evaluation.images,
+        "loss": evaluation.loss,
+        "params": costs.params,
+        "macs": costs.macs,
+        "latency_seconds": costs.seconds,
+        "latency_batch_size": batch_size,
+    }

@@ -1,0 +1,40 @@
+"""One labelled batch through a model, with what can be wrong with it said clearly."""
+
+import torch
+from torch import Tensor, nn
+
+from pcafast.errors import ArgumentError, PcafastError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def class_scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's scores (N, classes) for a batch, and the labels, on the model's device.
+
+    Raises:
+        PcafastError: the model's forward does not take such a batch.
+        ArgumentError: the scores are no class scores, or a label has no score.
+    """
+    device = device_of(model)
+    try:
+        scores = model(inputs.to(device, non_blocking=True))
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise PcafastError(
+            f"The model cannot take a batch of images of shape {tuple(inputs.shape)}: {error}. Expected a model whose "
+            "forward takes one batch of images; a model that needs more can be wrapped in a module that fills it in."
+        ) from error
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(labels):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ArgumentError(f"model: expected class scores of shape ({len(labels)}, classes), got {found}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= scores.shape[1]:
+        raise ArgumentError(
+            f"labels: expected 0 to {scores.shape[1] - 1}, as the model has {scores.shape[1]} outputs, "
+            f"got {low if low < 0 else high}. Is it the data set that the model was made for?"
+        )
+    return scores, labels.to(device, non_blocking=True)

@@ -1,0 +1,46 @@
+"""One pass over calibration data, collecting statistics."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pcafast.collect import Collection, collect
+from pcafast.collect.layers import LayerChoice
+from pcafast.errors import ArgumentError
+from pcafast.loop.batches import Batch, class_scores
+from pcafast.modes import evaluating
+from pcafast.statistics import Statistic
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], *, layers: LayerChoice | None = None, **statistics: Statistic
+) -> Collection:
+    """Collect statistics of a classifier over labelled images, in evaluation mode.
+
+    There is a backward pass of the cross-entropy only if a statistic needs one; the gradients of the parameters stay
+    as they are. Arguments are those of ``pcafast.collect``.
+
+    Raises:
+        ArgumentError: there is no batch, or a label has no class score.
+        PcafastError: the model does not take such batches.
+    """
+    needs_gradient = any(statistic.needs_gradient for statistic in statistics.values())
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    seen = False
+    with (
+        evaluating(model),
+        torch.set_grad_enabled(needs_gradient),
+        collect(model, layers=layers, **statistics) as stats,
+    ):
+        for inputs, labels in batches:
+            scores, labels = class_scores(model, inputs, labels)
+            if needs_gradient:
+                F.cross_entropy(scores, labels).backward()
+            seen = True
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    if not seen:
+        raise ArgumentError("batches: expected at least one batch to collect statistics on, got none")
+    return stats

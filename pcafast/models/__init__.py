@@ -1,0 +1,129 @@
+"""Networks by name: the built-in ones, torchvision's, and any callable the user names."""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from pcafast.errors import ArgumentError
+from pcafast.models.digits_cnn import DigitsCNN
+from pcafast.models.lenet5 import LeNet5
+from pcafast.models.resnet_cifar import CifarResNet
+from pcafast.models.weights import load_weights
+
+__all__ = ["available", "build", "load_weights"]
+
+_BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "digits_cnn": DigitsCNN,
+    "lenet5": LeNet5,
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+}
+
+
+def available() -> list[str]:
+    """The names of the built-in networks."""
+    return sorted(_BUILT_IN)
+
+
+def build(spec: str, *, num_classes: int | None = None, weights: str | Path | None = None) -> nn.Module:
+    """Build a network, with fresh random weights unless a checkpoint is given. Nothing is downloaded.
+
+    Args:
+        spec: a built-in name (see `available`), `torchvision:NAME`, or `package.module:function`, any
+            callable that returns a module; the current directory is importable.
+        num_classes: outputs of the last layer; None leaves the network's own number. A user's callable
+            gets it as a keyword, and only when it is given.
+        weights: checkpoint to load, see `load_weights`.
+
+    Raises:
+        ArgumentError: there is no such network, it cannot be called so, or the checkpoint is of another.
+        FileError: the checkpoint cannot be read.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ArgumentError(f"num_classes must be at least 1, got {num_classes}.")
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    place, colon, name = spec.partition(":")
+    if not colon:
+        model = _built_in(spec)(**options)
+    elif place == "torchvision":
+        model = _torchvision(name, options)
+    else:
+        model = _from_callable(place, name, options)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _built_in(name: str) -> Callable[..., nn.Module]:
+    if name not in _BUILT_IN:
+        raise ArgumentError(
+            f"there is no built-in model {name!r}. There are {', '.join(available())}; "
+            "torchvision:NAME takes one of torchvision's, package.module:function your own."
+        )
+    return _BUILT_IN[name]
+
+
+def _torchvision(name: str, options: dict[str, int]) -> nn.Module:
+    from torchvision import models  # a second to import, which the built-in networks need not pay
+
+    # Only the classifiers: the others fetch a trained backbone unless told otherwise.
+    names = models.list_models(module=models)
+    if name not in names:
+        listed = difflib.get_close_matches(name, names) or names
+        raise ArgumentError(f"torchvision has no classification model {name!r}. It has {', '.join(listed)}.")
+    model: nn.Module = models.get_model(name, weights=None, **options)
+    return model
+
+
+def _from_callable(place: str, name: str, options: dict[str, int]) -> nn.Module:
+    spec = f"{place}:{name}"
+    module = _imported(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ArgumentError(f"model {spec!r}: {place} has no callable {name!r}; it has {_callables(module)}.")
+    try:
+        inspect.signature(function).bind(**options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in options.items()) or "no arguments"
+        raise ArgumentError(f"model {spec!r} cannot be called with {given}: {error}.") from error
+    model = function(**options)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model {spec!r} must return a torch.nn.Module, got {type(model).__name__}; "
+            f"{place} has {_callables(module)}."
+        )
+    return model
+
+
+def _imported(place: str) -> ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ArgumentError(
+            f"expected a model as package.module:function, got {place!r} before the colon; there are also "
+            f"torchvision:NAME and the built-in {', '.join(available())}."
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # It stays there, since the user's forward may import more.
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(place)
+    except ImportError as error:
+        raise ArgumentError(
+            f"the model's module {place!r} cannot be imported: {error}. It must be installed or lie in the "
+            f"current directory, {here}; the built-in models are {', '.join(available())}."
+        ) from error
+
+
+def _callables(module: ModuleType) -> str:
+    names = (
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    )
+    return ", ".join(sorted(names)) or "no public callable"

@@ -1,0 +1,34 @@
+"""A progress bar with the time left, for whatever takes longer than a moment."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+PATIENCE = 1.0
+"""Seconds of work before a bar appears."""
+
+
+def track(items: Iterable[Item], description: str) -> Iterator[Item]:
+    """The items, with a progress bar on standard error (if that is a terminal) once they take a while."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    total = len(items) if hasattr(items, "__len__") else None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(description, total=total)
+    start = time.monotonic()
+    try:
+        for item in items:
+            yield item
+            progress.advance(task)
+            if not progress.live.is_started and time.monotonic() - start > PATIENCE:
+                progress.start()
+    finally:
+        progress.stop()

@@ -1,0 +1,245 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from pcafast import data, models
+from pcafast.errors import ArgumentError, FileError
+
+INPUTS = {"digits_cnn": (1, 8, 8), "lenet5": (1, 28, 28)}
+
+
+@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("num_classes", [None, 7])
+def test_built_in_networks_score_every_class(name, num_classes):
+    model = models.build(name, num_classes=num_classes)
+    images = torch.randn(2, *INPUTS.get(name, (3, 32, 32)))
+    assert model(images).shape == (2, num_classes or 10)
+
+
+def test_lenet5_has_the_weights_of_the_experiments():
+    weights = [p.numel() for name, p in models.build("lenet5").named_parameters() if name.endswith("weight")]
+    assert weights == [150, 14400, 288000, 10080, 840]
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_cifar_resnets_have_the_published_depth_and_size(depth, millions):
+    model = models.build(f"resnet{depth}")
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == depth
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    assert size == pytest.approx(millions, abs=0.03 if depth == 110 else 0.005)
+
+
+def test_cifar_resnet_shortcut_is_a_strided_slice_between_zero_channels():
+    shortcut = models.build("resnet20").layer2[0].shortcut
+    x = torch.randn(2, 16, 8, 8)
+    expected = torch.zeros(2, 32, 4, 4)
+    expected[:, 8:24] = x[:, :, ::2, ::2]
+    assert torch.equal(shortcut(x), expected)
+    assert not list(shortcut.parameters())
+
+
+def test_digits_cnn_learns_the_digits_in_a_few_epochs():
+    torch.manual_seed(0)
+    model = models.build("digits_cnn")
+    batches = data.loader(data.open_dataset("digits", "train"), batch_size=64, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6 * len(batches))
+    for _ in range(6):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    test = data.open_dataset("digits", "test")
+    images, labels = next(iter(data.loader(test, batch_size=len(test))))
+    with torch.inference_mode():
+        accuracy = (model.eval()(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.975
+
+
+def test_torchvision_model_with_its_own_and_with_other_classes():
+    assert models.build("torchvision:squeezenet1_1").num_classes == 1000
+    assert models.build("torchvision:resnet18", num_classes=3).fc.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet21", "no built-in model 'resnet21'.*digits_cnn, lenet5, .*resnet20"),
+        ("torchvision:resnet19", "no classification model 'resnet19'.*resnet18"),
+        ("torchvision:fcn_resnet50", "no classification model 'fcn_resnet50'"),
+        ("./nets.py:small", r"package\.module:function, got './nets.py'"),
+        (":small", r"package\.module:function, got ''"),
+        ("no_such_module:small", "'no_such_module' cannot be imported.*current directory"),
+    ],
+)
+def test_unknown_model_says_what_exists(spec, message):
+    with pytest.raises(ArgumentError, match=message):
+        models.build(spec)
+
+
+def test_num_classes_must_be_positive():
+    with pytest.raises(ArgumentError, match="num_classes must be at least 1, got 0"):
+        models.build("lenet5", num_classes=0)
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\n"
+        "not_callable = 3\n"
+        "def small(num_classes=4): return nn.Linear(2, num_classes)\n"
+        "def fixed(): return nn.Linear(2, 5)\n"
+        "def needy(width): return nn.Linear(width, 5)\n"
+        "def text(): return 'a model'\n"
+    )
+    (tmp_path / "my_broken_nets.py").write_text("import a_library_not_installed\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_nets", None)
+
+
+@pytest.mark.usefixtures("user_module")
+def test_callable_of_the_current_directory():
+    assert models.build("my_nets:small").out_features == 4
+    assert models.build("my_nets:small", num_classes=6).out_features == 6
+    assert models.build("my_nets:fixed").out_features == 5
+
+
+@pytest.mark.usefixtures("user_module")
+@pytest.mark.parametrize(
+    ("name", "num_classes", "message"),
+    [
+        ("my_nets:large", None, "no callable 'large'; it has fixed, needy, small, text"),
+        ("my_nets:not_callable", None, "no callable 'not_callable'"),
+        ("my_nets:text", None, "must return a torch.nn.Module, got str; my_nets has fixed, needy"),
+        ("my_nets:needy", None, "cannot be called with no arguments: missing a required argument: 'width'"),
+        ("my_nets:fixed", 3, "cannot be called with num_classes=3: got an unexpected keyword"),
+        ("my_broken_nets:small", None, "cannot be imported: No module named 'a_library_not_installed'"),
+    ],
+)
+def test_callable_that_does_not_serve(name, num_classes, message):
+    with pytest.raises(ArgumentError, match=message):
+        models.build(name, num_classes=num_classes)
+
+
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("suffix", "save"),
+    [(".pt", torch.save), (".pth", torch.save), (".th", save_legacy), (".bin", torch.save)],
+)
+def test_checkpoint_layouts(tmp_path, nest, prefix, suffix, save):
+    trained = models.build("resnet20")
+    path = tmp_path / f"weights{suffix}"
+    save(nest({prefix + key: value for key, value in trained.state_dict().items()}), path)
+    assert_same_weights(models.build("resnet20", weights=path), trained)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors(tmp_path, prefix):
+    trained = models.build("lenet5")
+    path = tmp_path / "weights.safetensors"
+    save_file({prefix + key: value for key, value in trained.state_dict().items()}, path)
+    assert_same_weights(models.build("lenet5", weights=str(path)), trained)
+
+
+def test_checkpoint_without_batch_counters_and_with_versions(tmp_path):
+    trained = models.build("torchvision:mnasnet0_5", num_classes=2)  # refuses a state dict without versions
+    state = trained.state_dict()
+    state._metadata["layers.1"]["version"] = 1
+    del state["layers.1.num_batches_tracked"]
+    torch.save(state, tmp_path / "old.pt")
+    loaded = models.build("torchvision:mnasnet0_5", num_classes=2, weights=tmp_path / "old.pt")
+    assert_same_weights(loaded, trained)
+
+
+@pytest.mark.parametrize(
+    ("other", "num_classes", "message"),
+    [
+        (
+            "resnet20",
+            7,
+            r"this CifarResNet: 2 of another shape \(linear.weight \(7, 64\) for \(10, 64\), linear.bias",
+        ),
+        ("resnet32", None, r"CifarResNet: 72 unexpected \(layer1.3.conv1.weight, .*, \.\.\.\)\. Build"),
+        (
+            "digits_cnn",
+            None,
+            r": 90 missing \(layer1.0.*\); 12 unexpected \(conv2.weight, .*\); 5 of another",
+        ),
+    ],
+)
+def test_checkpoint_of_another_network_changes_nothing(tmp_path, other, num_classes, message):
+    torch.save(models.build(other, num_classes=num_classes).state_dict(), tmp_path / "other.pt")
+    model = models.build("resnet20")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ArgumentError, match=message):
+        models.load_weights(model, tmp_path / "other.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize(("suffix", "save"), [(".pt", torch.save), (".th", save_legacy), (".safetensors", save_file)])
+def test_truncated_checkpoint(tmp_path, suffix, save, share):
+    path = tmp_path / f"weights{suffix}"
+    save(models.build("digits_cnn").state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(FileError, match=r"cannot read weights .*(truncated|no PyTorch checkpoint)"):
+        models.build("digits_cnn", weights=path)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return Path.touch, (Path("code-has-run"),)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy])
+def test_python_objects_are_refused_and_not_run(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    save({"state_dict": models.build("lenet5").state_dict(), "run": RunsCode()}, tmp_path / "weights.pt")
+    with pytest.raises(FileError, match=r"objects other than tensors.*Save model.state_dict\(\)"):
+        models.build("lenet5", weights=tmp_path / "weights.pt")
+    assert not Path("code-has-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.pt", "cannot read weights .*absent.pt: No such file"),
+        ("absent.safetensors", "cannot read weights .*absent.safetensors: No such file"),
+        ("folder.pt", "cannot read weights .*folder.pt: Is a directory"),
+        ("text.pt", "no PyTorch checkpoint"),
+        ("text.safetensors", "no safetensors file"),
+        ("weights.h5", r"weights.h5: expected a file ending in .pt, .pth, .th, .bin or .safetensors"),
+        ("number.pt", "hold no state dict.*found int"),
+        ("numbered.pt", "hold no state dict.*found 0"),
+        ("report.pt", "hold no state dict.*found epoch, loss"),
+    ],
+)
+def test_file_that_holds_no_weights(tmp_path, name, message):
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "text.pt").write_text("hello world")
+    (tmp_path / "text.safetensors").write_text("hello world")
+    torch.save(3, tmp_path / "number.pt")
+    torch.save({0: torch.zeros(2)}, tmp_path / "numbered.pt")
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "report.pt")
+    with pytest.raises(FileError, match=message):
+        models.build("lenet5", weights=tmp_path / name)
+
+
+def assert_same_weights(model, expected):
+    state = expected.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
