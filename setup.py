@@ -65,7 +65,7 @@ def with_cuda(nvcc: Path | None) -> tuple[bool, str]:
 def native_extension(nvcc: Path | None, cuda: bool) -> cpp_extension.CppExtension:
     """The extension module pcafast._C."""
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    cxx = ["-O3", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    cxx = ["-O3", "-Wall", "-Wno-psabi", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno"]
     if not cuda:
         return cpp_extension.CppExtension("pcafast._C", sources, extra_compile_args={"cxx": cxx})
 

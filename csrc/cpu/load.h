@@ -22,6 +22,13 @@ template <class T>
 inline double to_double(T x) {
   return to_float(x);
 }
+#ifdef __x86_64__
+inline double to_double(c10::Half x) {
+  float value = to_float(x);
+  asm("" : "+x"(value));  // or GCC 12 makes one conversion of the two, which is a library call
+  return value;
+}
+#endif
 
 // Calls `use` with a value of the C++ type that `dtype` names.
 template <class Use>

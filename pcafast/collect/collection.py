@@ -158,7 +158,7 @@ class Collection(Mapping[str, LayerStatistics]):
             self._values.add(SwapForRelu(activation, kept))
 
             def take(gradient: Tensor) -> None:
-                statistic.update(kept.get(), gradient)
+                statistic.update(kept.take(), gradient)
 
         else:
             weight = self._weight(module, activation)

@@ -29,7 +29,7 @@ _ANCHOR = torch.zeros((), requires_grad=True)  # a node is only made if an input
 
 
 class KeptActivation:
-    """Holds an activation for as long as this object lives."""
+    """Holds an activation until it is taken."""
 
     def __init__(self, layer: str, x: Tensor) -> None:
         self._layer = layer
@@ -40,12 +40,17 @@ class KeptActivation:
         with torch.enable_grad():
             self._node: Any = _Save.apply(_ANCHOR, x.detach()).grad_fn
 
-    def get(self) -> Tensor:
-        """The activation.
+    def take(self) -> Tensor:
+        """The activation, which is let go.
 
         Raises:
-            PcafastError: it was overwritten in the meantime.
+            PcafastError: it was overwritten in the meantime, or taken before.
         """
+        if self._node is None:
+            raise PcafastError(
+                f"A second backward pass reached layer {self._layer!r} after one forward pass, and the activation is "
+                "kept for one only. Add up the losses and call backward once."
+            )
         try:
             saved: Tensor = self._node.saved_tensors[0]
         except RuntimeError as error:
@@ -55,4 +60,6 @@ class KeptActivation:
                 f"The output of layer {self._layer!r} was overwritten in place before its gradient was known. Use "
                 'tap="activation", or make what follows the layer not work in place.'
             ) from error
+        # The hook that holds this object lives as long as the graph, which is longer than autograd keeps its tensors.
+        self._node = None
         return saved

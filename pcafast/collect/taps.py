@@ -5,7 +5,7 @@ what is watched, and a value is recognised by its being the very tensor that cam
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -150,13 +150,15 @@ class FollowValues(TorchFunctionMode):
     ) -> Any:
         """Run the function; if it is a step, tell the followers of its arguments."""
         kwargs = kwargs or {}
+        if func is Tensor.backward and args[0].requires_grad:
+            return self._backward(args[0], **kwargs)
         step = _STEP_OF.get(func) if self._followers else None
         if step is None:
             return func(*args, **kwargs)
         moving = [
             follower
             for argument in (*args[:2], *kwargs.values())
-            for follower in self._followers.pop(id(argument), ())
+            for follower in self._leaving(argument)
             if follower.before(step)
         ]
         result = func(*args, **kwargs)
@@ -165,3 +167,15 @@ class FollowValues(TorchFunctionMode):
                 follower.value = result
                 self.add(follower)
         return result
+
+    def _backward(self, loss: Tensor, gradient: Any, retain_graph: Any, create_graph: Any, inputs: Any) -> None:
+        # A mode is off while it handles a function, but inside of this one activation checkpointing runs forwards
+        # whose values are to be followed. Given an edge in place of a tensor, torch does not ask the mode again.
+        edge = torch.autograd.graph.get_gradient_edge(loss)
+        with self:
+            torch.autograd.backward(edge, gradient, retain_graph, create_graph, inputs=inputs)
+
+    def _leaving(self, argument: Any) -> Iterator[Follower]:
+        """The followers of a value, those included that are added while others hear of its next step."""
+        while followers := self._followers.pop(id(argument), None):
+            yield from followers

@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device there is; on a machine with a GPU the same tests run on both."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_folder():
+    """The real data sets and trained networks."""
+    if "PCAFAST_DATA" not in os.environ:
+        pytest.skip("PCAFAST_DATA does not name the folder with the real data")
+    return Path(os.environ["PCAFAST_DATA"])
