@@ -39,9 +39,9 @@ struct TaylorArgs {
   double scale;
   double* examples;
   double* positions;
-  double* sums;       // (4, channels), contiguous
+  double* sums;  // (4, channels), contiguous
   int64_t* skipped;
-  double* workspace;  // (examples + 2, channels, 2) doubles, uninitialised
+  double* workspace;  // taylor_workspace(args) doubles, uninitialised
 };
 
 // One batch of activations, merged into running moments by the pairwise formula of Chan, Golub and LeVeque (1979).
@@ -74,6 +74,7 @@ struct RankArgs {
 };
 
 namespace cpu {
+int64_t taylor_workspace(const TaylorArgs& args);
 void taylor_update(const TaylorArgs& args);
 void channel_moments_update(const MomentsArgs& args);
 void covariance_update(const CovarianceArgs& args);

@@ -48,16 +48,16 @@ Dtype element_type(const char* name, const Tensor& x) {
 
 void check_state(const char* name, const Tensor& state, at::IntArrayRef shape, const Tensor& x,
                  at::ScalarType dtype = at::kDouble) {
-  TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous() &&
-                  state.device() == x.device(),
-              name, ": expected contiguous ", dtype, " of shape ", shape, " on ", x.device(), ", got ",
-              state.scalar_type(), " of shape ", state.sizes(), " on ", state.device());
+  TORCH_CHECK_VALUE(
+      state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous() && state.device() == x.device(),
+      name, ": expected contiguous ", dtype, " of shape ", shape, " on ", x.device(), ", got ", state.scalar_type(),
+      " of shape ", state.sizes(), " on ", state.device());
 }
 
 int64_t checked_channel_dim(const char* name, const Tensor& x, int64_t channel_dim) {
   TORCH_CHECK_VALUE(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
   TORCH_CHECK_VALUE(-x.dim() <= channel_dim && channel_dim < x.dim(), "channel_dim: expected one of the ", x.dim(),
-              " dimensions of ", name, ", got ", channel_dim);
+                    " dimensions of ", name, ", got ", channel_dim);
   return channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
 }
 
@@ -98,16 +98,12 @@ struct Channels {
   }
 };
 
-Tensor workspace(at::IntArrayRef shape, const Tensor& like) {
-  return at::empty(shape, like.options().dtype(at::kDouble));
-}
-
 void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, const std::optional<Tensor>& weight,
                         Tensor& count, Tensor& mean, Tensor& comoment, Tensor& skipped) {
   const Channels channels("x", x, channel_dim);
   const int64_t c = channels.view.channels;
   TORCH_CHECK_VALUE(groups >= 1 && c % groups == 0, "groups: expected a divisor of the ", c, " channels of x, got ",
-              groups);
+                    groups);
   check_state("count", count, {}, x);
   check_state("mean", mean, {c}, x);
   check_state("comoment", comoment, {groups, c / groups, c / groups}, x);
@@ -117,7 +113,7 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, co
     auto shape = x.sizes().vec();
     shape.erase(shape.begin() + checked_channel_dim("x", x, channel_dim));
     TORCH_CHECK_VALUE(weight->sizes() == at::IntArrayRef(shape), "weight: expected the shape of x without channels, ",
-                at::IntArrayRef(shape), ", got ", weight->sizes());
+                      at::IntArrayRef(shape), ", got ", weight->sizes());
     weights = weight->to(x.device(), at::kDouble).contiguous();
   }
   cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups,
@@ -125,32 +121,41 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, co
                           comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
 }
 
-template <class Kernel>
-void taylor_update(Kernel kernel, const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
-                   Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
+template <class WorkspaceSize, class Kernel>
+void taylor_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& activation, const Tensor& gradient,
+                   int64_t channel_dim, double scale, Tensor& examples, Tensor& positions, Tensor& sums,
+                   Tensor& skipped) {
   TORCH_CHECK_VALUE(gradient.sizes() == activation.sizes(), "gradient: expected the shape of the activation, ",
-              activation.sizes(), ", got ", gradient.sizes());
+                    activation.sizes(), ", got ", gradient.sizes());
   TORCH_CHECK_VALUE(gradient.device() == activation.device(), "gradient: expected it on the activation's device, ",
-              activation.device(), ", got ", gradient.device());
+                    activation.device(), ", got ", gradient.device());
   const auto common = at::promoteTypes(activation.scalar_type(), gradient.scalar_type());
   const Channels a("activation", activation.to(common), channel_dim), g("gradient", gradient.to(common), channel_dim);
   check_state("examples", examples, {}, activation);
   check_state("positions", positions, {}, activation);
   check_state("sums", sums, {4, a.view.channels}, activation);
   check_state("skipped", skipped, {}, activation, at::kLong);
-  const Tensor work = workspace({a.view.examples + 2, a.view.channels, 2}, activation);
-  kernel(TaylorArgs{a.view, g.view, scale, examples.mutable_data_ptr<double>(), positions.mutable_data_ptr<double>(),
-                    sums.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>(),
-                    work.mutable_data_ptr<double>()});
+  TaylorArgs args{a.view,
+                  g.view,
+                  scale,
+                  examples.mutable_data_ptr<double>(),
+                  positions.mutable_data_ptr<double>(),
+                  sums.mutable_data_ptr<double>(),
+                  skipped.mutable_data_ptr<int64_t>(),
+                  nullptr};
+  const Tensor workspace = at::empty({workspace_size(args)}, activation.options().dtype(at::kDouble));
+  args.workspace = workspace.mutable_data_ptr<double>();
+  kernel(args);
 }
 
 void taylor_update_cpu(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
                        Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
-  taylor_update(cpu::taylor_update, activation, gradient, channel_dim, scale, examples, positions, sums, skipped);
+  taylor_update(cpu::taylor_workspace, cpu::taylor_update, activation, gradient, channel_dim, scale, examples,
+                positions, sums, skipped);
 }
 
-void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean,
-                             Tensor& centred_squares, Tensor& absolute, Tensor& zeros, Tensor& skipped) {
+void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean, Tensor& centred_squares,
+                             Tensor& absolute, Tensor& zeros, Tensor& skipped) {
   const Channels channels("x", x, channel_dim);
   check_state("count", count, {}, x);
   for (const auto& [name, state] : {std::pair<const char*, Tensor&>{"mean", mean},
@@ -167,9 +172,12 @@ void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count
 
 Tensor feature_map_rank(const Tensor& x, double rtol, double atol) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x: expected feature maps of shape (N, C, H, W), got shape ", x.sizes());
-  TORCH_CHECK_VALUE(rtol >= 0 && std::isfinite(rtol), "rtol: expected a finite number that is not negative, got ", rtol);
-  TORCH_CHECK_VALUE(atol >= 0 && std::isfinite(atol), "atol: expected a finite number that is not negative, got ", atol);
-  Tensor ranks = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous));
+  TORCH_CHECK_VALUE(rtol >= 0 && std::isfinite(rtol), "rtol: expected a finite number that is not negative, got ",
+                    rtol);
+  TORCH_CHECK_VALUE(atol >= 0 && std::isfinite(atol), "atol: expected a finite number that is not negative, got ",
+                    atol);
+  Tensor ranks =
+      at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous));
   cpu::feature_map_rank({{x.const_data_ptr(), element_type("x", x), x.size(0), x.size(1), x.size(2), x.size(3),
                           x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
                          rtol,
@@ -190,6 +198,7 @@ void taylor_update_cuda(const Tensor& activation, const Tensor& gradient, int64_
                         Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
   const c10::cuda::CUDAGuard device(activation.device());
   taylor_update(
+      cuda::taylor_workspace,
       [](const TaylorArgs& args) { cuda::taylor_update(args, c10::cuda::getCurrentCUDAStream()); }, activation,
       gradient, channel_dim, scale, examples, positions, sums, skipped);
 }

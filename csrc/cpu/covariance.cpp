@@ -176,13 +176,12 @@ using WorkType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 PCAFAST_MULTIARCH double sum_slice(const Samples& s, int64_t begin, int64_t end, double* sums) {
   double weights = 0;
-  with_element_type(s.x.dtype,
-                    [&](auto element) { weights = sum_samples<decltype(element)>(s, begin, end, sums); });
+  with_element_type(s.x.dtype, [&](auto element) { weights = sum_samples<decltype(element)>(s, begin, end, sums); });
   return weights;
 }
 
-PCAFAST_MULTIARCH int64_t pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel,
-                               int64_t channels, const double* mean, void* panel) {
+PCAFAST_MULTIARCH int64_t pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, int64_t channels,
+                               const double* mean, void* panel) {
   int64_t samples = 0;
   with_element_type(s.x.dtype, [&](auto element) {
     using T = decltype(element);

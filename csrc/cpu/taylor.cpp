@@ -97,11 +97,14 @@ inline void sum_any_strides(const Op& op, Operands<T> in, int64_t positions, dou
 
 // The sums over positions of channels [begin, end) of one example, (end - begin, kSums) doubles.
 template <class Op, class T>
-inline void sum_example(const Op& op, const ChannelView& a, const ChannelView& g, int64_t n, int64_t begin,
-                        int64_t end, const double* shift, double* sums) {
+inline void sum_example(const Op& op, const ChannelView& a, const ChannelView& g, int64_t n, int64_t begin, int64_t end,
+                        const double* shift, double* sums) {
   Operands<T> in{static_cast<const T*>(a.data) + n * a.example_stride + begin * a.channel_stride,
                  static_cast<const T*>(g.data) + n * g.example_stride + begin * g.channel_stride,
-                 a.channel_stride, g.channel_stride, a.position_stride, g.position_stride};
+                 a.channel_stride,
+                 g.channel_stride,
+                 a.position_stride,
+                 g.position_stride};
   if (shift != nullptr) shift += begin;
   const bool channels_adjacent = a.channel_stride == 1 && g.channel_stride == 1;
   const bool positions_adjacent = a.position_stride == 1 && g.position_stride == 1;
@@ -121,16 +124,15 @@ inline void sum_example(const Op& op, const ChannelView& a, const ChannelView& g
 }
 
 template <class Op>
-PCAFAST_MULTIARCH void sum_tasks(Op op, const ChannelView& a, const ChannelView& g, const double* shift,
-                                 double* sums, int64_t begin, int64_t end) {
+PCAFAST_MULTIARCH void sum_tasks(Op op, const ChannelView& a, const ChannelView& g, const double* shift, double* sums,
+                                 int64_t begin, int64_t end) {
   const int64_t blocks = (a.channels + kChannelBlock - 1) / kChannelBlock;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / blocks, first = task % blocks * kChannelBlock;
     const int64_t last = std::min(first + kChannelBlock, a.channels);
     double* out = sums + (n * a.channels + first) * Op::kSums;
-    with_element_type(a.dtype, [&](auto element) {
-      sum_example<Op, decltype(element)>(op, a, g, n, first, last, shift, out);
-    });
+    with_element_type(a.dtype,
+                      [&](auto element) { sum_example<Op, decltype(element)>(op, a, g, n, first, last, shift, out); });
   }
 }
 
@@ -149,6 +151,10 @@ bool all_finite(const std::vector<double>& values) {
 
 }  // namespace
 
+int64_t taylor_workspace(const TaylorArgs& args) {
+  return args.activation.examples * args.activation.channels * Taylor::kSums;
+}
+
 void taylor_update(const TaylorArgs& args) {
   const int64_t n = args.activation.examples, channels = args.activation.channels;
   const int64_t positions = args.activation.positions;
@@ -158,7 +164,7 @@ void taylor_update(const TaylorArgs& args) {
   std::vector<double> batch(4 * channels, 0.0);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
-      const double* sums = args.workspace + (i * channels + c) * 2;
+      const double* sums = args.workspace + (i * channels + c) * Taylor::kSums;
       batch[c] += std::abs(sums[0]) / positions;
       batch[channels + c] += sums[0] * sums[0] / positions;
       batch[2 * channels + c] += sums[0];

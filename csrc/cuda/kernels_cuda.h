@@ -1,0 +1,15 @@
+// The CUDA half of kernels.h: every pointer is to device memory, all work goes to the stream, nothing waits for it.
+// A launch that fails throws std::runtime_error.
+#pragma once
+
+#include "../kernels.h"
+
+typedef struct CUstream_st* cudaStream_t;  // as in cuda_runtime.h, which callers need not include
+
+namespace pcafast::cuda {
+
+// How many doubles args.workspace must hold, aligned to 16 bytes; depends on all of args that is not behind a pointer.
+int64_t taylor_workspace(const TaylorArgs& args);
+void taylor_update(const TaylorArgs& args, cudaStream_t stream);
+
+}  // namespace pcafast::cuda

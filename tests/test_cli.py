@@ -1,0 +1,198 @@
+"""The command line on real (embedded) data, and what it says to bad input."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pcafast
+from pcafast.cli import main
+from pcafast.models import build
+
+
+@pytest.fixture
+def pcafast_command(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder; returns exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pcafast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        output = capsys.readouterr()
+        return done.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of the small network for digits."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "digits.pt"
+    torch.save(build("digits_cnn").state_dict(), path)
+    return path
+
+
+def test_demo(pcafast_command):
+    code, out, err = pcafast_command("demo")
+    assert (code, err) == (0, "")
+    report = json.loads(Path("pcafast-demo/report.json").read_text())
+    trained, retrained = report["trained"], report["after retraining"]
+    assert trained["accuracy"] > 0.98
+    assert retrained["accuracy"] >= trained["accuracy"] - 0.01
+    assert retrained["macs"] <= 0.5 * trained["macs"]
+    assert f"{retrained['accuracy']:.2%}" in out
+    statistics = pcafast.load_statistics("pcafast-demo/statistics.safetensors")
+    assert set(statistics) == {"covariance", "taylor", "rank"}
+    assert statistics["rank"]["conv1"].distribution().sum() == 32 * 1437
+    small = pcafast.load(build("digits_cnn"), "pcafast-demo")
+    assert sum(parameter.numel() for parameter in small.parameters()) == retrained["params"]
+
+
+def test_stats_compress_evaluate(pcafast_command, weights):
+    code, out, _ = pcafast_command(
+        *("stats", "digits_cnn", "--weights", weights, "--out", "s.safetensors", "--images", 200),
+        *("--statistics", "covariance,taylor,rank,gradient,moments"),
+    )
+    assert code == 0
+    assert "conv3" in out
+    stats = pcafast.load_statistics("s.safetensors")
+    assert stats["taylor"]["conv1"].state_dict()["examples"] == 200
+
+    code, out, _ = pcafast_command(
+        *("compress", "digits_cnn", "--weights", weights, "--budget", "params=0.6", "--images", 200, "--out", "small"),
+        "--reestimate-batch-norm",
+    )
+    assert code == 0
+    report = json.loads(Path("small/report.json").read_text())
+    assert report["after"]["params"] <= 0.6 * report["before"]["params"]
+    assert report["command"].startswith("pcafast compress digits_cnn")
+
+    code, out, _ = pcafast_command("evaluate", "digits_cnn", "--compressed", "small")
+    assert code == 0
+    assert f"{report['after']['correct']} of 360 test images of digits are right" in out
+
+
+def test_compress_by_ratio_and_by_energy(pcafast_command, weights):
+    for flag in ("--ratio", "--energy"):
+        code, _, _ = pcafast_command(
+            *("compress", "digits_cnn", "--weights", weights, flag, 0.5, "--layers", "conv[23]", "--out", "out"),
+        )
+        assert code == 0
+        plan = json.loads(Path("out/plan.json").read_text())
+        assert {action["layer"] for action in plan["actions"]} <= {"conv2", "conv3"}
+
+
+def test_doctor(pcafast_command):
+    code, out, _ = pcafast_command("doctor")
+    assert code == 0
+    assert torch.__version__ in out
+    assert "covariance_update_" in out
+
+
+class TwoInputs(nn.Module):
+    """A model whose forward needs more than images."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, num_classes, 8)
+
+    def forward(self, x, lengths):
+        return self.conv(x).flatten(1) * lengths
+
+
+USER_MODEL = "import torch\nclass Model(torch.nn.Linear):\n    def __init__(self): super().__init__(64, 3)\n" + (
+    "    def forward(self, x): return super().forward(x.flatten(1))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["stats", "digits_cnn", "--out", "s", "--layers", "conv9"],
+            "no layer of the model matches 'conv9'.*conv1, bn1",
+        ),
+        (["stats", "digits_cnn", "--out", "s", "--statistics", "mean"], "--statistics: expected any of covariance"),
+        (
+            ["stats", "digits_cnn", "--out", "s", "--statistics", "rank", "--layers", "linear"],
+            r"rank: none of the chosen layers \(linear\) can have a FeatureMapRank",
+        ),
+        (["evaluate", "resnet21"], "no built-in model 'resnet21'. There are"),
+        (["evaluate", "resnet20"], r"cannot take a batch of images of shape \(256, 1, 8, 8\)"),
+        (["evaluate", "test_cli:TwoInputs"], "cannot take a batch.*missing 1 required positional argument: 'lengths'"),
+        (["evaluate", "digits_cnn", "--weights", "{weights}", "--num-classes", "5"], "linear.weight"),
+        (["evaluate", "resnet20", "--weights", "{weights}"], "conv1"),
+        (["evaluate", "digits_cnn", "--weights", "absent.pt"], "absent.pt"),
+        (["evaluate", "digits_cnn", "--weights", "{half}"], "half.pt"),
+        (["evaluate", "digits_cnn", "--compressed", "nowhere"], "nowhere"),
+        (["evaluate", "digits_cnn", "--data", "absent"], "no data set absent exists"),
+        (["evaluate", "digits_cnn", "--data", "{empty}"], "empty"),
+        (["evaluate", "digits_cnn", "--data", "{negative}"], "labels out of range"),
+        (["evaluate", "user_model:Model"], "labels: expected 0 to 2, as the model has 3 outputs, got 9"),
+        (["evaluate", "digits_cnn", "--device", "tpu9"], "--device: expected cpu, cuda"),
+        (["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.01"], "The nearest that can be met is macs="),
+        (["compress", "digits_cnn", "--out", "o", "--budget", "time=0.5"], "expected macs=SHARE or params=SHARE"),
+        (["compress", "digits_cnn", "--out", "o"], "expected exactly one of --budget, --ratio and --energy"),
+        (["compress", "digits_cnn", "--out", "{file}/o", "--ratio", "0.5"], "cannot write"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_status_2(arguments, message, pcafast_command, weights, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    (tmp_path / "user_model.py").write_text(USER_MODEL)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:1000])
+    np.savez(tmp_path / "empty.npz", images=np.zeros((0, 8, 8), np.uint8), labels=np.zeros(0, np.int64))
+    np.savez(tmp_path / "negative.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, -1]))
+    places = {name: tmp_path / name for name in ("file", "half", "empty", "negative")}
+    places |= {"half": tmp_path / "half.pt", "empty": tmp_path / "empty.npz", "negative": tmp_path / "negative.npz"}
+    before = sorted(tmp_path.iterdir())
+    code, _, err = pcafast_command(*(argument.format(weights=weights, **places) for argument in arguments))
+    assert code == 2, err
+    import re
+
+    assert re.search(message, err.replace("\n", " ")), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pcafast", "evaluate", "resnet21", "--debug"])
+    with pytest.raises(pcafast.ArgumentError, match="no built-in model"):
+        main()
+
+
+def test_wrong_usage_is_status_2(pcafast_command):
+    for arguments in (["evaluate"], ["evaluate", "digits_cnn", "--spam"], ["spam"], ["compress", "digits_cnn"]):
+        code, _, err = pcafast_command(*arguments)
+        assert code == 2
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["stats", "compress"])
+def test_a_full_disk_leaves_nothing_behind(command, tmp_path, weights):
+    """A limit on file size, hit in the middle of writing, stands for the full disk."""
+    out = tmp_path / ("s.safetensors" if command == "stats" else "small")
+    arguments = [command, "digits_cnn", "--weights", weights, "--out", out, "--images", 64]
+    arguments += ["--ratio", 0.5] if command == "compress" else []
+    done = subprocess.run(
+        [sys.executable, "-c", "from pcafast.cli import main; main()", *map(str, arguments)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        env={**__import__("os").environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Nothing was changed" in done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
