@@ -4,6 +4,7 @@
 ``pcafast.reference``, whose functions have the same signatures.
 """
 
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -40,16 +41,14 @@ def _load() -> str | None:
             f"To build it anew: {REBUILD}"
         )
     try:
-        from pcafast import _C  # noqa: F401
+        importlib.import_module("pcafast._C")
     except ImportError as error:
         return f"it does not load ({error}). To build it anew: {REBUILD}"
     return None
 
 
-def _register_fake_kernels() -> None:
-    @torch.library.register_fake("pcafast::feature_map_rank")
-    def _(x: Tensor, rtol: float, atol: float) -> Tensor:
-        return x.new_empty(x.shape[:2], dtype=torch.int64)
+def _fake_feature_map_rank(x: Tensor, rtol: float, atol: float) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
 def _lend_reference_to_cuda() -> None:
@@ -71,7 +70,8 @@ operators: Any = torch.ops.pcafast if MISSING is None else reference
 
 if MISSING is None:
     OWN_CUDA_KERNELS = tuple(name for name in OPERATORS if has_kernel(name, "CUDA"))
-    _register_fake_kernels()
+    # The others return nothing and need none.
+    torch.library.register_fake("pcafast::feature_map_rank", _fake_feature_map_rank)
     _lend_reference_to_cuda()
 else:
     OWN_CUDA_KERNELS = ()

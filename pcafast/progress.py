@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,7 +19,7 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     if not sys.stderr.isatty():
         yield from items
         return
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
     task = progress.add_task(description, total=total)

@@ -133,4 +133,5 @@ def feature_map_rank(x: Tensor, rtol: float, atol: float) -> Tensor:
     # Below this a float64 singular value is rounding noise of the largest.
     noise = max(x.shape[2:]) * torch.finfo(torch.float64).eps
     threshold = (largest * max(rtol, noise)).clamp(min=atol)
-    return (singular_values > threshold).sum(2).where(finite, -1)
+    ranks: Tensor = (singular_values > threshold).sum(2)
+    return ranks.where(finite, -1)

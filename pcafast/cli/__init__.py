@@ -1,6 +1,7 @@
 """The ``pcafast`` command."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,13 +27,14 @@ def _options(
 ) -> None: ...
 
 
-for _name, _command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.command,
     "doctor": doctor.command,
     "evaluate": evaluate.command,
     "stats": stats.command,
     "compress": compress.command,
-}.items():
+}
+for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -69,7 +70,7 @@ def load_statistics(path: str | Path) -> Collections:
 
 
 def _restore(
-    index: Mapping[str, Mapping[str, tuple[str, dict[str, object]]]], tensors: Mapping[str, Tensor]
+    index: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]], tensors: Mapping[str, Tensor]
 ) -> Collections:
     collections: Collections = {}
     for name, layers in index.items():

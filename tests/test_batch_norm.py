@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from pcafast.apply import reestimate_batch_norm
+from pcafast.errors import ArgumentError
+
+
+class _Shifted(nn.Module):
+    """A batch norm behind an affine layer and dropout, and one that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Conv2d(3, 3, 1)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm2d(3, momentum=0.3)
+        self.unused = nn.BatchNorm2d(2)
+        nn.init.constant_(self.unused.running_mean, 7.0)
+
+    def forward(self, x):
+        return self.norm(self.drop(self.scale(x)))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_statistics_are_the_averages_over_the_batches(labelled):
+    torch.manual_seed(0)
+    model = _Shifted()
+    batches = [torch.randn(n, 3, 5, 5) for n in (4, 4, 6)]
+    with torch.no_grad():
+        seen = [model.scale(batch).double() for batch in batches]
+    reestimate_batch_norm(model, [(batch, torch.zeros(len(batch))) for batch in batches] if labelled else batches)
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    variance = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(model.norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+
+
+def test_modes_momentum_and_unreached_norms_stay():
+    model = _Shifted()
+    model.norm.eval()
+    reestimate_batch_norm(model, [torch.randn(4, 3, 5, 5)])
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]
+    assert model.norm.momentum == 0.3
+    assert torch.equal(model.unused.running_mean, torch.full((2,), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"), [([], ArgumentError), ([torch.randn(2, 3, 5, 5), torch.randn(2, 4)], RuntimeError)]
+)
+def test_failure_leaves_the_statistics_as_they_were(batches, error):
+    model = _Shifted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error):
+        reestimate_batch_norm(model, batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.norm.momentum == 0.3
+    assert all(module.training for module in model.modules())
+
+
+def test_no_batch_is_an_error():
+    with pytest.raises(ArgumentError, match="batches: expected at least one"):
+        reestimate_batch_norm(_Shifted(), iter(()))
