@@ -21,18 +21,20 @@ class _Shifted(nn.Module):
         return self.norm(self.drop(self.scale(x)))
 
 
+@pytest.mark.parametrize("new_share", [0.25, 1.0])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_statistics_are_the_averages_over_the_batches(labelled):
+def test_statistics_move_to_the_averages_over_the_batches(labelled, new_share):
     torch.manual_seed(0)
-    model = _Shifted()
+    model = _Shifted()  # its norm starts with mean 0 and variance 1
     batches = [torch.randn(n, 3, 5, 5) for n in (4, 4, 6)]
     with torch.no_grad():
         seen = [model.scale(batch).double() for batch in batches]
-    reestimate_batch_norm(model, [(batch, torch.zeros(len(batch))) for batch in batches] if labelled else batches)
+    given = [(batch, torch.zeros(len(batch))) for batch in batches] if labelled else batches
+    reestimate_batch_norm(model, given, new_share=new_share)
     mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     variance = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
-    torch.testing.assert_close(model.norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_mean.double(), new_share * mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_var.double(), 1 + new_share * (variance - 1), rtol=1e-5, atol=1e-6)
 
 
 def test_modes_momentum_and_unreached_norms_stay():
@@ -55,6 +57,12 @@ def test_failure_leaves_the_statistics_as_they_were(batches, error):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.norm.momentum == 0.3
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("new_share", [0.0, 1.5])
+def test_share_out_of_range_is_an_error(new_share):
+    with pytest.raises(ArgumentError, match=r"new_share: expected a number in \(0, 1\], got"):
+        reestimate_batch_norm(_Shifted(), [torch.randn(4, 3, 5, 5)], new_share=new_share)
 
 
 def test_no_batch_is_an_error():

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import pcafast
-from pcafast.apply import low_rank  # noqa: F401
 from pcafast.bases import principal_components
 from pcafast.errors import ArgumentError
 from pcafast.plan import LowRank, Plan, plan_low_rank

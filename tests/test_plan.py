@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pcafast
-from pcafast.apply import low_rank  # noqa: F401
 from pcafast.errors import ArgumentError, PcafastError
 from pcafast.functional import MeanCovariance
 from pcafast.plan import Budget, plan_low_rank

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import pcafast
-from pcafast.apply import low_rank  # noqa: F401
 from pcafast.errors import ArgumentError, FileError, PcafastError
 from pcafast.plan import Budget, Plan, plan_low_rank
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import pcafast
 from pcafast import result
-from pcafast.apply import low_rank  # noqa: F401
 from pcafast.errors import ArgumentError, FileError
 from pcafast.models import build
 from pcafast.plan import Budget, plan_low_rank
@@ -62,7 +61,6 @@ def test_loaded_in_a_new_process_without_unpickling(saved, images, tmp_path):
 import pickle, sys
 import torch
 from pcafast import result
-from pcafast.apply import low_rank
 from pcafast.models import build
 images = torch.load(sys.argv[2], weights_only=True)
 fresh = build("digits_cnn").eval()

@@ -145,7 +145,7 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operations(TorchDispatchMode):
     """Sees the operations, those of TorchScript and of custom autograd functions included."""
 
     def __init__(self, note: Callable[[Any, bool], None]) -> None:
