@@ -28,11 +28,18 @@ def pip_cuda() -> Path:
 
 def find_nvcc() -> Path | None:
     """The CUDA compiler of CUDA_HOME, of the PATH, of the toolkit's usual place, or of the pip packages."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", pip_cuda()]
-    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    if on_path := shutil.which("nvcc"):
-        candidates.insert(2, Path(on_path))
-    return next((nvcc.resolve() for nvcc in candidates if nvcc.is_file()), None)
+    wished = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home) / "bin" / "nvcc" for home in wished]
+    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
+    candidates += [Path("/usr/local/cuda/bin/nvcc"), pip_cuda() / "bin" / "nvcc"]
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """The toolkit's folder; the nvcc on the PATH may be a script that calls the real one."""
+    printed = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    here = re.search(r"_HERE_=(.+)", printed)
+    return Path(here.group(1)).parent if here else nvcc.resolve().parent.parent
 
 
 def why_no_cuda(nvcc: Path | None) -> str | None:
@@ -69,7 +76,7 @@ def native_extension(nvcc: Path | None, cuda: bool) -> cpp_extension.CppExtensio
     if not cuda:
         return cpp_extension.CppExtension("pcafast._C", sources, extra_compile_args={"cxx": cxx})
 
-    cpp_extension.CUDA_HOME = str(nvcc.parent.parent)
+    cpp_extension.CUDA_HOME = str(toolkit_of(nvcc))
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
     return cpp_extension.CUDAExtension(

@@ -60,6 +60,7 @@ struct CovarianceArgs {
   ChannelView x;
   const double* weight;  // (examples, positions) contiguous, or null for all ones; zero leaves a position out
   int64_t groups;        // divides x.channels
+  double scale;          // x is taken times this
   double* count;         // sum of the weights
   double* mean;          // (channels,)
   double* comoment;      // (groups, channels / groups, channels / groups)  sum of (x - mean)(x - mean)'

@@ -20,7 +20,7 @@ using at::Tensor;
 
 TORCH_LIBRARY(pcafast, m) {
   m.def(
-      "covariance_update_(Tensor x, int channel_dim, int groups, Tensor? weight, Tensor(a!) count, "
+      "covariance_update_(Tensor x, int channel_dim, int groups, float scale, Tensor? weight, Tensor(a!) count, "
       "Tensor(b!) mean, Tensor(c!) comoment, Tensor(d!) skipped) -> ()");
   m.def(
       "taylor_update_(Tensor activation, Tensor gradient, int channel_dim, float scale, Tensor(a!) examples, "
@@ -69,23 +69,26 @@ struct Channels {
   Channels(const char* name, Tensor x, int64_t channel_dim) : tensor(std::move(x)) {
     channel_dim = checked_channel_dim(name, tensor, channel_dim);
     if (!collapse(channel_dim)) {
-      tensor = tensor.contiguous();
-      collapse(channel_dim);
+      // Positions on both sides of the channels, or strides without a pattern: one copy.
+      tensor = tensor.movedim(channel_dim, has_examples(channel_dim) ? 1 : 0).contiguous();
+      collapse(has_examples(channel_dim) ? 1 : 0);
     }
     view.data = tensor.const_data_ptr();
     view.dtype = element_type(name, tensor);
   }
 
  private:
+  static bool has_examples(int64_t channel_dim) { return channel_dim != 0; }
+
+  // False if the positions do not lie at one stride.
   bool collapse(int64_t channel_dim) {
-    const bool has_examples = channel_dim != 0;
-    view.examples = has_examples ? tensor.size(0) : 1;
-    view.example_stride = has_examples ? tensor.stride(0) : 0;
+    view.examples = has_examples(channel_dim) ? tensor.size(0) : 1;
+    view.example_stride = has_examples(channel_dim) ? tensor.stride(0) : 0;
     view.channels = tensor.size(channel_dim);
     view.channel_stride = tensor.stride(channel_dim);
     view.positions = 1;
     view.position_stride = 1;
-    for (int64_t dim = tensor.dim() - 1; dim >= (has_examples ? 1 : 0); --dim) {
+    for (int64_t dim = tensor.dim() - 1; dim >= (has_examples(channel_dim) ? 1 : 0); --dim) {
       if (dim == channel_dim || tensor.size(dim) == 1) continue;
       if (view.positions == 1) {
         view.position_stride = tensor.stride(dim);
@@ -98,8 +101,9 @@ struct Channels {
   }
 };
 
-void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, const std::optional<Tensor>& weight,
-                        Tensor& count, Tensor& mean, Tensor& comoment, Tensor& skipped) {
+void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
+                        const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
+                        Tensor& skipped) {
   const Channels channels("x", x, channel_dim);
   const int64_t c = channels.view.channels;
   TORCH_CHECK_VALUE(groups >= 1 && c % groups == 0, "groups: expected a divisor of the ", c, " channels of x, got ",
@@ -115,8 +119,10 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, co
     TORCH_CHECK_VALUE(weight->sizes() == at::IntArrayRef(shape), "weight: expected the shape of x without channels, ",
                       at::IntArrayRef(shape), ", got ", weight->sizes());
     weights = weight->to(x.device(), at::kDouble).contiguous();
+    TORCH_CHECK_VALUE(weights.numel() == 0 || weights.min().item<double>() >= 0,
+                      "weight: expected no negative number and no NaN, got ", weights.min().item<double>());
   }
-  cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups,
+  cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups, scale,
                           count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                           comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
 }

@@ -1,5 +1,6 @@
 """Writing files so that a killed process or a full disk never leaves half of one."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,7 +23,10 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """
     staged: dict[Path, Path] = {}
     try:
-        for target, write in writers.items():
+        for path, write in writers.items():
+            target = path.resolve()  # through a symbolic link, which stays one
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "there is a folder of that name")
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
             os.close(handle)

@@ -38,7 +38,7 @@ def covariance(x: Tensor, *, channel_dim: int = 1, correction: int = 0) -> MeanC
         ValueError: x has no samples, holds NaN or infinities, or is not of a floating dtype.
     """
     count, mean, comoment, skipped = _zeros(x, (), _channels(x, channel_dim), (1, *_channels(x, channel_dim) * 2), None)
-    operators.covariance_update_(x, channel_dim, 1, None, count, mean, comoment, skipped)
+    operators.covariance_update_(x.detach(), channel_dim, 1, 1.0, None, count, mean, comoment, skipped)
     _require_data("x", x, skipped)
     return finish_covariance(count, mean, comoment, correction)
 
@@ -84,17 +84,19 @@ def taylor_scores(
         ValueError: shapes differ, no data, NaN or infinities, or a dtype that is not floating.
     """
     examples, positions, sums, skipped = _zeros(activation, (), (), (4, *_channels(activation, channel_dim)), None)
-    scale = loss_scale(activation, loss_reduction)
-    operators.taylor_update_(activation, gradient, channel_dim, scale, examples, positions, sums, skipped)
+    scale = loss_scale(activation.shape[0], loss_reduction)
+    operators.taylor_update_(
+        activation.detach(), gradient.detach(), channel_dim, scale, examples, positions, sums, skipped
+    )
     _require_data("activation and gradient", activation, skipped)
     return finish_taylor(examples, positions, sums, reduction)
 
 
-def loss_scale(activation: Tensor, loss_reduction: LossReduction) -> float:
+def loss_scale(batch_size: int, loss_reduction: LossReduction) -> float:
     """What a gradient is multiplied by to be that of each example's own loss."""
     if loss_reduction not in get_args(LossReduction):
         raise ArgumentError(f"loss_reduction: expected 'mean' or 'sum', got {loss_reduction!r}")
-    return float(activation.shape[0]) if loss_reduction == "mean" else 1.0
+    return float(batch_size) if loss_reduction == "mean" else 1.0
 
 
 def finish_taylor(examples: Tensor, positions: Tensor, sums: Tensor, reduction: TaylorReduction) -> Tensor:
@@ -121,7 +123,7 @@ def feature_map_rank(x: Tensor, *, rtol: float | None = None, atol: float = 0.0)
     Raises:
         ValueError: x is not four-dimensional or not of a floating dtype; rtol or atol negative or not finite.
     """
-    ranks: Tensor = operators.feature_map_rank(x, default_rtol(x) if rtol is None else rtol, atol)
+    ranks: Tensor = operators.feature_map_rank(x.detach(), default_rtol(x) if rtol is None else rtol, atol)
     return ranks
 
 

@@ -5,12 +5,24 @@ can also take the operator's place on a device or machine that has no kernel for
 channels in ``channel_dim``; dimension 0 is the example (unless it is the channels), all others are positions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def _examples_channels_positions(x: Tensor, channel_dim: int) -> Tensor:
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _examples_channels_positions(name: str, x: Tensor, channel_dim: int) -> Tensor:
     """``x`` as float64 of shape (examples, channels, positions)."""
+    _expect(x.is_floating_point(), f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    _expect(
+        -x.ndim <= channel_dim < x.ndim,
+        f"channel_dim: expected one of the {x.ndim} dimensions of {name}, got {channel_dim}",
+    )
     channels_first = x.double().movedim(channel_dim, 0)
     if channel_dim % x.ndim == 0:
         return channels_first.reshape(x.shape[0], -1).unsqueeze(0)
@@ -28,6 +40,7 @@ def covariance_update_(
     x: Tensor,
     channel_dim: int,
     groups: int,
+    scale: float,
     weight: Tensor | None,
     count: Tensor,
     mean: Tensor,
@@ -36,9 +49,22 @@ def covariance_update_(
 ) -> None:
     """Merge one batch into count (), mean (C,) and co-moment (G, C/G, C/G) by the formula of Chan et al., 1979.
 
-    ``weight``: one number per position (the shape of ``x`` without channels); zero leaves the position out.
+    ``x`` is taken times ``scale``. ``weight``: one number per position (the shape of ``x`` without channels); zero
+    leaves the position out.
     """
-    samples = _examples_channels_positions(x, channel_dim).movedim(1, 2).flatten(0, 1)
+    samples = scale * _examples_channels_positions("x", x, channel_dim).movedim(1, 2).flatten(0, 1)
+    channels = samples.shape[1]
+    _expect(
+        groups >= 1 and channels % groups == 0,
+        f"groups: expected a divisor of the {channels} channels of x, got {groups}",
+    )
+    if weight is not None:
+        shape = list(x.movedim(channel_dim, 0).shape[1:])
+        _expect(
+            list(weight.shape) == shape,
+            f"weight: expected the shape of x without channels, {shape}, got {list(weight.shape)}",
+        )
+        _expect(bool((weight >= 0).all()), "weight: expected no negative number and no NaN")
     w = torch.ones_like(samples[:, 0]) if weight is None else weight.double().flatten()
     samples, w = samples[w != 0], w[w != 0]
     if not len(samples):
@@ -73,9 +99,12 @@ def taylor_update_(
     skipped: Tensor,
 ) -> None:
     """Add one batch of activation x gradient to the four sums (4, C) behind the four Taylor reductions."""
-    product = scale * (
-        _examples_channels_positions(activation, channel_dim) * _examples_channels_positions(gradient, channel_dim)
+    _expect(
+        gradient.shape == activation.shape,
+        f"gradient: expected the shape of the activation, {list(activation.shape)}, got {list(gradient.shape)}",
     )
+    product = _examples_channels_positions("activation", activation, channel_dim)
+    product = scale * product * _examples_channels_positions("gradient", gradient, channel_dim)
     n, _, p = product.shape
     if n * p == 0:
         return
@@ -103,7 +132,7 @@ def channel_moments_update_(
     skipped: Tensor,
 ) -> None:
     """Merge one batch into count () and, per channel (C,), mean, centred squares, sum of |x| and number of zeros."""
-    samples = _examples_channels_positions(x, channel_dim).movedim(1, 2).flatten(0, 1)
+    samples = _examples_channels_positions("x", x, channel_dim).movedim(1, 2).flatten(0, 1)
     if not len(samples):
         return
     batch_mean = samples.mean(0)
@@ -125,6 +154,11 @@ def channel_moments_update_(
 
 def feature_map_rank(x: Tensor, rtol: float, atol: float) -> Tensor:
     """Singular values of every map (N, C, H, W) above max(atol, rtol * largest): (N, C) int64, -1 where not finite."""
+    _expect(x.ndim == 4, f"x: expected feature maps of shape (N, C, H, W), got shape {list(x.shape)}")
+    _expect(x.is_floating_point(), f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        valid = math.isfinite(tolerance) and tolerance >= 0
+        _expect(valid, f"{name}: expected a finite number that is not negative, got {tolerance}")
     if 0 in x.shape:
         return x.new_zeros(x.shape[:2], dtype=torch.int64)
     finite = x.isfinite().all(3).all(2)

@@ -26,6 +26,12 @@ def test_first_component_is_the_direction_that_the_data_was_stretched_in():
     torch.testing.assert_close(basis[0], -direction)  # the largest component is positive
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_largest_component_of_each_direction_is_positive(seed):
+    basis = principal_components(_covariance(6, seed)).basis
+    assert (basis.gather(1, basis.abs().argmax(1, keepdim=True)) > 0).all()
+
+
 def test_each_group_is_decomposed_alone():
     blocks = torch.stack([_covariance(4, seed) for seed in range(3)])
     variances, basis = principal_components(blocks)

@@ -134,19 +134,39 @@ def test_applying_twice_gives_the_same_model_and_leaves_the_old_one_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_new_layers_keep_dtype_memory_format_mode_and_trainability(dtype):
-    layer = nn.Conv2d(6, 16, 3).to(dtype, memory_format=torch.channels_last)
-    layer.weight.requires_grad_(False)
-    model = nn.Sequential(layer.eval())
-    assert model.training
+@pytest.mark.parametrize("fused", [False, True])
+def test_new_layers_keep_dtype_memory_format_mode_and_trainability(dtype, fused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 16, 3), nn.Conv2d(16, 8, 1, bias=False))
+    model = model.to(dtype, memory_format=torch.channels_last)
+    model[0].eval()
+    model[0].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
     x = torch.randn(4, 6, 9, 9).to(dtype)
+    covariance = {"0": _covariance(model, x)["0"]}
+    small = plan_low_rank(model, covariance, ratio=0.5, example_input=x if fused else None).apply(model)
+    layers = list(small) if fused else [*small[0], small[1]]
+    assert [type(layer) for layer in layers] == [nn.Conv2d] * (2 if fused else 3)
+    for layer in layers:
+        assert layer.weight.dtype == dtype
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not layer.weight.requires_grad
+    assert [module.training for module in small] == [False, True]
+    assert not any(module.training for module in small[0].modules())
+    assert layers[0].bias.dtype == dtype
+    assert layers[0].bias.requires_grad
+    if fused:
+        assert not layers[1].bias.requires_grad  # it had none, so its weight decides
+
+
+def test_frozen_biases_stay_frozen():
+    model, x = _model_and_input("conv")
+    model[0].bias.requires_grad_(False)
     first, second = plan_low_rank(model, _covariance(model, x), ratio=0.5).apply(model)[0]
-    for new in (first, second):
-        assert new.weight.dtype == new.bias.dtype == dtype
-        assert new.weight.is_contiguous(memory_format=torch.channels_last)
-        assert not new.training
-        assert not new.weight.requires_grad
-        assert new.bias.requires_grad
+    assert first.weight.requires_grad
+    assert second.weight.requires_grad
+    assert not first.bias.requires_grad
+    assert not second.bias.requires_grad
 
 
 class _Borrowed(nn.Module):

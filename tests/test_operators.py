@@ -20,6 +20,8 @@ SHAPES = [
     ((2, 3, 5, 20), -1),
     ((6, 5, 4), 0),
     ((9,), 0),
+    ((2, 3, 6, 5), 2),
+    ((3, 4, 2, 7, 5), -2),
     ((2, 4, 3, 4, 5), 1),
 ]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
@@ -58,8 +60,9 @@ def test_covariance_is_that_of_the_reference(shape, dim, layout, dtype, weighted
         for mean in (2.0, -1.0):
             x = sample(shape, dtype, layout, device, mean)
             weight = torch.rand(positions, device=device).round(decimals=1) if weighted else None
-            OPS.covariance_update_(x, dim, groups, weight, *found)
-            reference.covariance_update_(x, dim, groups, weight, *expected)
+            scale = 2.5 if weighted else 1.0
+            OPS.covariance_update_(x, dim, groups, scale, weight, *found)
+            reference.covariance_update_(x, dim, groups, scale, weight, *expected)
         assert_close(found, expected, dtype)
         assert torch.equal(found[2], found[2].mT)
 
@@ -91,7 +94,7 @@ def test_float32_covariance_errs_no_more_than_twice_what_torch_does(device):
     samples = x.movedim(1, 0).flatten(1)
     exact = torch.cov(samples.double(), correction=0)
     state = covariance_state(70, device=device)
-    OPS.covariance_update_(x, 1, 1, None, *state)
+    OPS.covariance_update_(x, 1, 1, 1.0, None, *state)
     of_torch = torch.cov(samples, correction=0)
 
     def error(found):
@@ -106,7 +109,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_counted(bad, device):
     poisoned = good.clone()
     poisoned[1, 2, 3, 0] = bad
     for update, state in (
-        (lambda x, s: OPS.covariance_update_(x, 1, 1, None, *s), covariance_state(5, device=device)),
+        (lambda x, s: OPS.covariance_update_(x, 1, 1, 1.0, None, *s), covariance_state(5, device=device)),
         (lambda x, s: OPS.taylor_update_(x, good, 1, 1.0, *s), taylor_state(5, device)),
         (lambda x, s: OPS.taylor_update_(good, x, 1, 1.0, *s), taylor_state(5, device)),
         (lambda x, s: OPS.channel_moments_update_(x, 1, *s), moments_state(5, device)),
@@ -124,7 +127,7 @@ def test_masked_positions_may_hold_anything(device):
     expected = torch.cov(x[mask].double().T, correction=0)
     x[~mask] = float("nan")
     state = covariance_state(4, device=device)
-    OPS.covariance_update_(x, -1, 1, mask, *state)
+    OPS.covariance_update_(x, -1, 1, 1.0, mask, *state)
     assert (state[0], state[-1]) == (8, 0)
     torch.testing.assert_close(state[2][0] / 8, expected, rtol=1e-6, atol=1e-7)
 
@@ -133,7 +136,7 @@ def test_masked_positions_may_hold_anything(device):
 def test_an_empty_batch_changes_nothing(shape, device):
     x = torch.empty(shape, device=device)
     for update, state in (
-        (lambda s: OPS.covariance_update_(x, 1, 1, None, *s), covariance_state(5, device=device)),
+        (lambda s: OPS.covariance_update_(x, 1, 1, 1.0, None, *s), covariance_state(5, device=device)),
         (lambda s: OPS.taylor_update_(x, x, 1, 1.0, *s), taylor_state(5, device)),
         (lambda s: OPS.channel_moments_update_(x, 1, *s), moments_state(5, device)),
     ):
@@ -150,7 +153,7 @@ def test_the_same_batches_give_the_same_bits(threads):
         results = []
         for _ in range(5):
             covariance, taylor, moments = covariance_state(40), taylor_state(40), moments_state(40)
-            OPS.covariance_update_(x, 1, 1, None, *covariance)
+            OPS.covariance_update_(x, 1, 1, 1.0, None, *covariance)
             OPS.taylor_update_(x, gradient, 1, 1.0, *taylor)
             OPS.channel_moments_update_(x, 1, *moments)
             results.append([*covariance, *taylor, *moments])
@@ -163,7 +166,7 @@ def test_registration(device):
     x, gradient = torch.randn(2, 2, 6, 5, 4, device=device)
     weight = torch.rand(2, 5, 4, device=device)
     for operator, arguments in (
-        (OPS.covariance_update_, (x, 1, 2, weight, *covariance_state(6, 2, device))),
+        (OPS.covariance_update_, (x, 1, 2, 1.0, weight, *covariance_state(6, 2, device))),
         (OPS.taylor_update_, (x, gradient, 1, 2.0, *taylor_state(6, device))),
         (OPS.channel_moments_update_, (x, 1, *moments_state(6, device))),
         (OPS.feature_map_rank, (x, 1e-6, 0.0)),
@@ -171,34 +174,81 @@ def test_registration(device):
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1e-12, 1e12, 1e20, 1e30])
+def test_covariance_of_very_large_or_small_numbers(magnitude, device):
+    x = torch.randn(3, 7, 50, device=device) * magnitude
+    exact = torch.cov(x.double().movedim(1, 0).flatten(1), correction=0)
+    state = covariance_state(7, device=device)
+    OPS.covariance_update_(x, 1, 1, 1.0, None, *state)
+    assert (state[2][0] / state[0] - exact).norm() / exact.norm() <= 1e-6
+
+
+@pytest.mark.parametrize("channels", [511, 513, 600])
+def test_covariance_of_many_channels(channels, device):
+    """Where the threads share one matrix instead of having one each."""
+    x = torch.randn(2, channels, 700, device=device)
+    exact = torch.cov(x.double().movedim(1, 0).flatten(1), correction=0)
+    state = covariance_state(channels, device=device)
+    OPS.covariance_update_(x, 1, 1, 1.0, None, *state)
+    assert (state[2][0] / state[0] - exact).norm() / exact.norm() <= 1e-6
+    assert torch.equal(state[2], state[2].mT)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: OPS.covariance_update_(x.int(), 1, 1, None, *covariance_state(4)), "x: expected float16.*got Int"),
         (
-            lambda x: OPS.covariance_update_(x.to(torch.complex64), 1, 1, None, *covariance_state(4)),
-            "x: expected float16.*got ComplexFloat",
+            lambda ops, x: ops.covariance_update_(x.int(), 1, 1, 1.0, None, *covariance_state(4)),
+            "x: expected float16.*nt",
         ),
-        (lambda x: OPS.covariance_update_(x, 3, 1, None, *covariance_state(4)), "channel_dim: expected one of the 3"),
-        (lambda x: OPS.covariance_update_(x, 1, 3, None, *covariance_state(4)), "groups: expected a divisor of the 4"),
-        (lambda x: OPS.covariance_update_(x, 1, 1, None, *covariance_state(5)), r"mean: expected.*\[4\].*got.*\[5\]"),
         (
-            lambda x: OPS.covariance_update_(x, 1, 1, torch.ones(2, 4), *covariance_state(4)),
+            lambda ops, x: ops.covariance_update_(x.to(torch.complex64), 1, 1, 1.0, None, *covariance_state(4)),
+            "x: expected float16.*omplex",
+        ),
+        (
+            lambda ops, x: ops.covariance_update_(x, 3, 1, 1.0, None, *covariance_state(4)),
+            "channel_dim: expected one of the 3",
+        ),
+        (
+            lambda ops, x: ops.covariance_update_(x, 1, 3, 1.0, None, *covariance_state(4)),
+            "groups: expected a divisor of the 4",
+        ),
+        (
+            lambda ops, x: ops.covariance_update_(x, 1, 1, 1.0, torch.ones(2, 4), *covariance_state(4)),
             r"weight: expected the shape of x without channels, \[2, 3\], got \[2, 4\]",
         ),
         (
-            lambda x: OPS.covariance_update_(x, 1, 1, None, *[state.float() for state in covariance_state(4)]),
-            "count: expected contiguous Double",
+            lambda ops, x: ops.covariance_update_(x, 1, 1, 1.0, torch.full((2, 3), -0.5), *covariance_state(4)),
+            "weight: expected no negative number and no NaN",
         ),
-        (lambda x: OPS.taylor_update_(x, x[:1], 1, 1.0, *taylor_state(4)), "gradient: expected the shape"),
-        (lambda x: OPS.taylor_update_(x, x, 1, 1.0, *taylor_state(3)), r"sums: expected.*\[4, 4\]"),
-        (lambda x: OPS.channel_moments_update_(x, 1, *moments_state(3)), r"mean: expected.*\[4\]"),
-        (lambda x: OPS.feature_map_rank(x, 0.0, 0.0), r"x: expected feature maps of shape \(N, C, H, W\)"),
-        (lambda x: OPS.feature_map_rank(x[None], -1.0, 0.0), "rtol: expected a finite number that is not negative"),
-        (lambda x: OPS.feature_map_rank(x[None], float("nan"), 0.0), "rtol: expected a finite number"),
-        (lambda x: OPS.feature_map_rank(x[None], 0.0, float("inf")), "atol: expected a finite number"),
+        (lambda ops, x: ops.taylor_update_(x, x[:1], 1, 1.0, *taylor_state(4)), "gradient: expected the shape"),
+        (lambda ops, x: ops.feature_map_rank(x, 0.0, 0.0), r"x: expected feature maps of shape \(N, C, H, W\)"),
+        (lambda ops, x: ops.feature_map_rank(x[None], -1.0, 0.0), "rtol: expected a finite number that is not neg"),
+        (lambda ops, x: ops.feature_map_rank(x[None], float("nan"), 0.0), "rtol: expected a finite number"),
+        (lambda ops, x: ops.feature_map_rank(x[None], 0.0, float("inf")), "atol: expected a finite number"),
     ],
 )
-def test_bad_arguments_are_named(call, message):
+@pytest.mark.parametrize("ops", [OPS, reference], ids=["native", "reference"])
+def test_bad_arguments_are_named(call, message, ops):
+    with pytest.raises(ValueError, match=message):
+        call(ops, torch.randn(2, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: OPS.covariance_update_(x, 1, 1, 1.0, None, *covariance_state(5)),
+            r"mean: expected.*\[4\].*got.*\[5\]",
+        ),
+        (
+            lambda x: OPS.covariance_update_(x, 1, 1, 1.0, None, *[state.float() for state in covariance_state(4)]),
+            "count: expected contiguous Double",
+        ),
+        (lambda x: OPS.taylor_update_(x, x, 1, 1.0, *taylor_state(3)), r"sums: expected.*\[4, 4\]"),
+        (lambda x: OPS.channel_moments_update_(x, 1, *moments_state(3)), r"mean: expected.*\[4\]"),
+    ],
+)
+def test_states_that_do_not_fit_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 4, 3))

@@ -85,7 +85,7 @@ inline double sum_samples(const Samples& s, int64_t begin, int64_t end, double* 
 // whole number of vectors.
 template <class T, class Work>
 inline int64_t pack_panel(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, int64_t channels,
-                          const double* mean, Work* panel) {
+                          const double* mean, double unit, Work* panel) {
   constexpr int64_t kBlock = 16;  // samples read together where channels lie side by side
   const ChannelView& x = s.x;
   const T* data = static_cast<const T*>(x.data) + first_channel * x.channel_stride;
@@ -99,9 +99,9 @@ inline int64_t pack_panel(const Samples& s, int64_t begin, int64_t end, int64_t 
       Work* to = panel + c * kPanelSamples + packed;
       auto centred = [&](int64_t i) {
         if constexpr (std::is_same_v<Work, double>) {
-          return to_double(row[i]) - centre;
+          return (to_double(row[i]) - centre) * unit;
         } else {
-          return to_float(row[i]) - centre;
+          return (to_float(row[i]) - centre) * static_cast<Work>(unit);
         }
       };
       if (s.weight != nullptr) {
@@ -181,11 +181,11 @@ PCAFAST_MULTIARCH double sum_slice(const Samples& s, int64_t begin, int64_t end,
 }
 
 PCAFAST_MULTIARCH int64_t pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, int64_t channels,
-                               const double* mean, void* panel) {
+                               const double* mean, double unit, void* panel) {
   int64_t samples = 0;
   with_element_type(s.x.dtype, [&](auto element) {
     using T = decltype(element);
-    samples = pack_panel<T>(s, begin, end, first_channel, channels, mean, static_cast<WorkType<T>*>(panel));
+    samples = pack_panel<T>(s, begin, end, first_channel, channels, mean, unit, static_cast<WorkType<T>*>(panel));
   });
   return samples;
 }
@@ -199,24 +199,24 @@ PCAFAST_MULTIARCH void multiply(Dtype dtype, const void* panel, int64_t samples,
   }
 }
 
-// The batch's upper co-moment of one group about `mean`, (channels, channels).
+// The upper triangle of the batch's co-moment of one group about `mean`, of the samples times `unit`.
 //
 // Small matrices: the samples are split over the threads, each with a sum of its own, added up in order. Large
 // ones: the threads share the packed panel and split its rows.
-void group_comoment(const Samples& s, int64_t first_channel, int64_t channels, const double* mean, int64_t slices,
-                    std::vector<double>& comoment) {
+std::vector<double> scaled_comoment(const Samples& s, int64_t first_channel, int64_t channels, const double* mean,
+                                    double unit, int64_t slices) {
   const int64_t square = channels * channels;
   const bool split_samples = square <= kPrivateDoubles;
   if (!split_samples) slices = 1;
   const int64_t panels = (s.size() + kPanelSamples - 1) / kPanelSamples;
-  std::vector<double> partial(slices * square, 0.0);
+  std::vector<double> sums(slices * square, 0.0);
   at::parallel_for(0, slices, 1, [&](int64_t slice_begin, int64_t slice_end) {
     std::vector<double> panel(channels * kPanelSamples);  // doubles are wide enough for either working type
     for (int64_t slice = slice_begin; slice < slice_end; ++slice) {
       for (int64_t k = slice * panels / slices; k < (slice + 1) * panels / slices; ++k) {
         const int64_t begin = k * kPanelSamples, end = std::min(begin + kPanelSamples, s.size());
-        const int64_t samples = pack(s, begin, end, first_channel, channels, mean, panel.data());
-        double* out = partial.data() + slice * square;
+        const int64_t samples = pack(s, begin, end, first_channel, channels, mean, unit, panel.data());
+        double* out = sums.data() + slice * square;
         if (split_samples) {
           multiply(s.x.dtype, panel.data(), samples, channels, 0, channels, out);
           continue;
@@ -229,67 +229,126 @@ void group_comoment(const Samples& s, int64_t first_channel, int64_t channels, c
       }
     }
   });
-  comoment.assign(partial.begin(), partial.begin() + square);
   for (int64_t slice = 1; slice < slices; ++slice) {
-    for (int64_t k = 0; k < square; ++k) comoment[k] += partial[slice * square + k];
+    for (int64_t k = 0; k < square; ++k) sums[k] += sums[slice * square + k];
   }
+  sums.resize(square);
+  return sums;
 }
 
-}  // namespace
+double largest_deviation(const Samples& s, int64_t first_channel, int64_t channels, const double* mean) {
+  double largest = 0;
+  with_element_type(s.x.dtype, [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(s.x.data) + first_channel * s.x.channel_stride;
+    for_each_run(s.x, 0, s.size(), kPanelSamples, [&](int64_t offset, int64_t first, int64_t length) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < length; ++i) {
+          if (s.weight != nullptr && s.weight[first + i] == 0) continue;
+          const double x = to_double(data[offset + c * s.x.channel_stride + i * s.x.position_stride]);
+          largest = std::max(largest, std::abs(x - mean[first_channel + c]));
+        }
+      }
+    });
+  });
+  return largest;
+}
 
-void covariance_update(const CovarianceArgs& args) {
-  const Samples s{args.x, args.weight};
-  const int64_t channels = args.x.channels, group_channels = channels / args.groups;
-  if (s.size() == 0 || channels == 0) return;
-  const int64_t work = s.size() * channels * std::max<int64_t>(1, group_channels / 2);
-  const int64_t slices = std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
+// The same of the samples as they are. Squares of very large or small float32 are no float32: then it is done again,
+// in units of a power of two.
+std::vector<double> group_comoment(const Samples& s, int64_t first_channel, int64_t channels, const double* mean,
+                                   int64_t slices) {
+  constexpr double kSmallest = 1e-20, kLargest = 1e30;
+  std::vector<double> comoment = scaled_comoment(s, first_channel, channels, mean, 1, slices);
+  double largest = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double square = comoment[c * (channels + 1)];
+    largest = std::isfinite(square) ? std::max(largest, square) : kLargest;
+  }
+  if (largest > kSmallest && largest < kLargest) return comoment;
+  const double deviation = largest_deviation(s, first_channel, channels, mean);
+  if (deviation == 0) return comoment;
+  const double unit = std::exp2(std::clamp(-std::ilogb(deviation), -126, 126));
+  comoment = scaled_comoment(s, first_channel, channels, mean, unit, slices);
+  for (double& sum : comoment) sum /= unit * unit;
+  return comoment;
+}
 
+// The batch's mean, and the sum of its weights.
+double batch_mean(const Samples& s, int64_t slices, std::vector<double>& mean) {
+  const int64_t channels = s.x.channels;
   std::vector<double> sums(slices * channels, 0.0), weights(slices, 0.0);
   at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       weights[i] = sum_slice(s, i * s.size() / slices, (i + 1) * s.size() / slices, &sums[i * channels]);
     }
   });
-  double added = 0;
-  std::vector<double> mean(channels, 0.0);
+  double weight = 0;
   for (int64_t i = 0; i < slices; ++i) {
-    added += weights[i];
+    weight += weights[i];
     for (int64_t c = 0; c < channels; ++c) mean[c] += sums[i * channels + c];
   }
-  if (added == 0) return;
-  for (double& m : mean) m /= added;
+  for (double& m : mean) m /= weight;
+  return weight;
+}
 
-  // One group after another; nothing is committed before all are known to be finite.
+// Fills the lower triangle from the upper, in blocks that keep both in cache.
+void mirror(double* square, int64_t size) {
+  constexpr int64_t kBlock = 64;
+  at::parallel_for(0, (size + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kBlock; row < std::min(end * kBlock, size); row += kBlock) {
+      for (int64_t column = 0; column <= row; column += kBlock) {
+        for (int64_t i = row; i < std::min(row + kBlock, size); ++i) {
+          for (int64_t j = column; j < std::min(column + kBlock, i); ++j) square[i * size + j] = square[j * size + i];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void covariance_update(const CovarianceArgs& args) {
+  const Samples s{args.x, args.weight};
+  const int64_t channels = args.x.channels, width = channels / args.groups;
+  if (s.size() == 0 || channels == 0) return;
+  const int64_t work = s.size() * channels * std::max<int64_t>(1, width / 2);
+  const int64_t slices = std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
+
+  std::vector<double> mean(channels, 0.0);
+  const double added = batch_mean(s, slices, mean);
+  if (added == 0) return;
+  // Nothing is committed before all groups are known to be finite.
   std::vector<std::vector<double>> batch(args.groups);
   bool finite = std::all_of(mean.begin(), mean.end(), [](double m) { return std::isfinite(m); });
   for (int64_t g = 0; g < args.groups && finite; ++g) {
-    group_comoment(s, g * group_channels, group_channels, mean.data(), slices, batch[g]);
-    for (int64_t c = 0; c < group_channels; ++c) finite &= std::isfinite(batch[g][c * (group_channels + 1)]);
+    batch[g] = group_comoment(s, g * width, width, mean.data(), slices);
+    for (int64_t c = 0; c < width; ++c) finite &= std::isfinite(batch[g][c * (width + 1)]);
   }
   if (!finite) {
     ++*args.skipped;
     return;
   }
 
-  const double count = *args.count, total = count + added;
-  // What rounding the mean to the working type left uncentred.
-  std::vector<double> delta(channels), residue(channels, 0.0);
+  const double count = *args.count, total = count + added, square = args.scale * args.scale;
+  // What rounding the mean to the working type left uncentred, and how far the batch's mean is from the running one.
+  std::vector<double> residue(channels, 0.0), delta(channels);
   for (int64_t c = 0; c < channels; ++c) {
-    delta[c] = mean[c] - args.mean[c];
     if (args.x.dtype != Dtype::kFloat64) residue[c] = mean[c] - static_cast<double>(static_cast<float>(mean[c]));
+    delta[c] = mean[c] * args.scale - args.mean[c];
     args.mean[c] += delta[c] * (added / total);
   }
   for (int64_t g = 0; g < args.groups; ++g) {
-    double* comoment = args.comoment + g * group_channels * group_channels;
-    for (int64_t i = 0; i < group_channels; ++i) {
-      const int64_t ci = g * group_channels + i;
-      for (int64_t j = i; j < group_channels; ++j) {
-        const int64_t cj = g * group_channels + j;
-        const double sum = comoment[i * group_channels + j] + batch[g][i * group_channels + j] -
-                           added * residue[ci] * residue[cj] + delta[ci] * delta[cj] * (count * added / total);
-        comoment[i * group_channels + j] = comoment[j * group_channels + i] = sum;
+    double* comoment = args.comoment + g * width * width;
+    const double *r = &residue[g * width], *d = &delta[g * width];
+    at::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const double of_residue = added * r[i] * square, of_delta = d[i] * (count * added / total);
+        for (int64_t j = i; j < width; ++j) {
+          comoment[i * width + j] += batch[g][i * width + j] * square - of_residue * r[j] + of_delta * d[j];
+        }
       }
-    }
+    });
+    mirror(comoment, width);
   }
   *args.count = total;
 }

@@ -12,16 +12,14 @@ from torch import nn
 from pcafast.apply import reestimate_batch_norm
 from pcafast.cli import options
 from pcafast.cli.doctor import environment
-from pcafast.cli.tables import as_report, comparison, console
-from pcafast.data import loader
+from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
+from pcafast.data import loader, open_dataset
 from pcafast.errors import ArgumentError
 from pcafast.loop import Costs, Evaluation, calibrate, evaluate, measure
 from pcafast.plan import Budget, plan_low_rank
 from pcafast.progress import track
 from pcafast.result import save
 from pcafast.statistics import Covariance
-
-LATENCY_BATCH = 64
 
 
 class Method(str, Enum):
@@ -59,8 +57,8 @@ def command(
     if (share is None) + (ratio is None) + (energy is None) != 2:
         raise ArgumentError("expected exactly one of --budget, --ratio and --energy, such as --budget macs=0.5")
     network = options.build_model(model, weights, None, num_classes, device)
-    test = options.open_images(data, "test", image_size)
-    train = options.open_images(data, "train", image_size)
+    test = open_dataset(data, "test", image_size=image_size)
+    train = open_dataset(data, "train", image_size=image_size)
     batches = options.training_batches(train, images, batch_size, seed)
 
     def judge(candidate: nn.Module, what: str) -> tuple[Evaluation, Costs]:

@@ -7,9 +7,8 @@ import torch
 import typer
 from torch import nn
 
-from pcafast.cli.compress import LATENCY_BATCH
 from pcafast.cli.doctor import environment
-from pcafast.cli.tables import as_report, comparison, console
+from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
 from pcafast.collect import collect
 from pcafast.data import loader, open_dataset
 from pcafast.loop import Costs, Evaluation, Trainer, evaluate, measure

@@ -6,12 +6,10 @@ from typing import Annotated
 import typer
 
 from pcafast.cli import options
-from pcafast.cli.tables import comparison, console
-from pcafast.data import loader
+from pcafast.cli.tables import LATENCY_BATCH, comparison, console
+from pcafast.data import loader, open_dataset
 from pcafast.loop import evaluate, measure
 from pcafast.progress import track
-
-LATENCY_BATCH = 64
 
 
 def command(
@@ -28,7 +26,7 @@ def command(
 ) -> None:
     """Accuracy on the test images, parameters, MACs and latency of a model."""
     network = options.build_model(model, weights, compressed, num_classes, device)
-    dataset = options.open_images(data, "test", image_size)
+    dataset = open_dataset(data, "test", image_size=image_size)
     evaluation = evaluate(network, track(loader(dataset, batch_size=batch_size), "evaluating"))
     batch, _ = next(iter(loader(dataset, batch_size=LATENCY_BATCH)))
     console.print(comparison({model: (evaluation, measure(network, batch))}, len(batch)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcafast import models
-from pcafast.data import ImageDataset, Split, loader, open_dataset
+from pcafast.data import ImageDataset, loader
 from pcafast.errors import ArgumentError
 from pcafast.result import load
 
@@ -56,11 +56,6 @@ def build_model(
     if compressed is not None:
         model = load(model, compressed)
     return model.to(choose_device(device))
-
-
-def open_images(data: str, split: Split, image_size: int | None) -> ImageDataset:
-    """One split of the data set."""
-    return open_dataset(data, split, image_size=image_size)
 
 
 def training_batches(

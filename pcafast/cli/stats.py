@@ -11,6 +11,7 @@ from pcafast.bases import principal_components
 from pcafast.cli import options
 from pcafast.cli.tables import console
 from pcafast.collect import Collection
+from pcafast.data import open_dataset
 from pcafast.errors import ArgumentError
 from pcafast.loop import calibrate
 from pcafast.progress import track
@@ -23,7 +24,7 @@ from pcafast.statistics import (
     Taylor,
 )
 
-KINDS: dict[str, Callable[[], Statistic]] = {
+AVAILABLE: dict[str, Callable[[], Statistic]] = {
     "covariance": Covariance,
     "taylor": Taylor,
     "rank": FeatureMapRank,
@@ -37,7 +38,7 @@ def command(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     data: options.Data = "digits",
     weights: options.Weights = None,
-    statistics: Annotated[str, typer.Option(help=f"Any of {', '.join(KINDS)}.")] = "covariance,taylor,rank",
+    statistics: Annotated[str, typer.Option(help=f"Any of {', '.join(AVAILABLE)}.")] = "covariance,taylor,rank",
     layers: Annotated[
         list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
     ] = None,
@@ -51,7 +52,7 @@ def command(
     """Collect statistics over training images, in one pass, and write them to a file."""
     chosen = {name: _kind(name)() for name in statistics.split(",")}
     network = options.build_model(model, weights, None, num_classes, device)
-    dataset = options.open_images(data, "train", image_size)
+    dataset = open_dataset(data, "train", image_size=image_size)
     batches = options.training_batches(dataset, images, batch_size, seed)
     stats = calibrate(network, track(batches, "collecting"), layers=layers, **chosen)
     stats.save(out)
@@ -60,9 +61,9 @@ def command(
 
 
 def _kind(name: str) -> Callable[[], Statistic]:
-    if name not in KINDS:
-        raise ArgumentError(f"--statistics: expected any of {', '.join(KINDS)}, got {name!r}")
-    return KINDS[name]
+    if name not in AVAILABLE:
+        raise ArgumentError(f"--statistics: expected any of {', '.join(AVAILABLE)}, got {name!r}")
+    return AVAILABLE[name]
 
 
 def _summary(stats: Collection) -> Table:
@@ -71,9 +72,14 @@ def _summary(stats: Collection) -> Table:
     for name in stats:
         table.add_column(_COLUMNS[name][0], justify="right")
     for layer in dict.fromkeys(layer for layers in stats.values() for layer in layers):
-        cells = [_COLUMNS[name][1](layers[layer]) if layer in layers else "" for name, layers in stats.items()]
+        cells = [_cell(name, layers.get(layer)) for name, layers in stats.items()]
         table.add_row(layer, *cells)
     return table
+
+
+def _cell(name: str, statistic: Statistic | None) -> str:
+    """Empty for a layer that cannot have the statistic, or that the model never called."""
+    return "" if statistic is None or statistic.is_empty else _COLUMNS[name][1](statistic)
 
 
 def _directions(statistic: Statistic) -> str:

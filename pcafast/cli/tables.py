@@ -7,6 +7,9 @@ from pcafast.loop import Costs, Evaluation
 
 console = Console()
 
+LATENCY_BATCH = 64
+"""Images in the batch whose latency is measured."""
+
 
 def comparison(rows: dict[str, tuple[Evaluation, Costs]], batch_size: int) -> Table:
     """Accuracy and costs of a model, one row for each of its states; ratios are to the first."""

@@ -23,7 +23,9 @@ def class_scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tens
     device = device_of(model)
     try:
         scores = model(inputs.to(device, non_blocking=True))
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (PcafastError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, RuntimeError, ValueError, AssertionError, LookupError) as error:
         raise PcafastError(
             f"The model cannot take a batch of images of shape {tuple(inputs.shape)}: {error}. Expected a model whose "
             "forward takes one batch of images; a model that needs more can be wrapped in a module that fills it in."

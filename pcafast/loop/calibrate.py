@@ -1,6 +1,7 @@
 """One pass over calibration data, collecting statistics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +28,28 @@ def calibrate(
         PcafastError: the model does not take such batches.
     """
     needs_gradient = any(statistic.needs_gradient for statistic in statistics.values())
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    if needs_gradient and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError("model: no parameter requires a gradient, so there is no backward pass to take it from")
     seen = False
-    with (
-        evaluating(model),
-        torch.set_grad_enabled(needs_gradient),
-        collect(model, layers=layers, **statistics) as stats,
-    ):
+    stats = collect(model, layers=layers, **statistics)
+    with evaluating(model), _gradients_kept(model), torch.set_grad_enabled(needs_gradient), stats:
         for inputs, labels in batches:
             scores, labels = class_scores(model, inputs, labels)
             if needs_gradient:
                 F.cross_entropy(scores, labels).backward()
             seen = True
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
     if not seen:
         raise ArgumentError("batches: expected at least one batch to collect statistics on, got none")
     return stats
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

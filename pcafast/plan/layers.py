@@ -55,13 +55,14 @@ class Layer:
         return Cost(weights, weights + inner + outputs)
 
     def largest_cheaper_rank(self) -> int:
-        """The largest rank per group that costs less than the layer in MACs and in parameters; 0 if none does."""
-        whole = self.whole()
-        for rank in range(self.channels - 1, 0, -1):
-            cost = self.factorised(rank)
-            if cost.weights < whole.weights and cost.params < whole.params:
-                return rank
-        return 0
+        """The largest rank per group that costs less than the layer in MACs and in parameters; 0 if none does.
+
+        It is enough to compare parameters: the factors have more biases than the layer, so if they have fewer
+        parameters, they have fewer weights; and where the second is fused, every rank saves weights.
+        """
+        whole = self.whole().params
+        cheaper = (rank for rank in range(self.channels - 1, 0, -1) if self.factorised(rank).params < whole)
+        return next(cheaper, 0)
 
 
 def channels(module: Factorisable, side: Side) -> int:

@@ -146,7 +146,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees the operations, those of TorchScript and of custom autograd functions included."""
+    """Sees the operations, also those that no Python function of torch calls, as in compiled extensions."""
 
     def __init__(self, note: Callable[[Any, bool], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

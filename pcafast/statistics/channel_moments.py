@@ -37,8 +37,8 @@ class ChannelMoments(Statistic):
     def update(self, x: Tensor) -> None:
         """Take in one batch of activations (N, C, *)."""
         state = self._ready(x.device, {"channels": x.shape[self.channel_dim]})
-        operators.channel_moments_update_(x, self.channel_dim, *(state[name] for name in self.states))
-        self._after_update()
+        with self._noticing_nonfinite():
+            operators.channel_moments_update_(x, self.channel_dim, *(state[name] for name in self.states))
 
     def compute(self) -> Moments:
         """The moments of all that was seen."""

@@ -37,16 +37,24 @@ class _ChannelCovariance(Statistic):
         state = self._state
         return finish_covariance(state["count"], state["mean"], state["comoment"], self.correction)
 
-    def _accumulate(self, x: Tensor, weight: Tensor | None) -> None:
+    def _accumulate(self, x: Tensor, weight: Tensor | None, scale: float = 1.0) -> None:
         channels = x.shape[self.channel_dim]
         if channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
         sizes = {"channels": channels, "groups": self.groups, "group channels": channels // self.groups}
         state = self._ready(x.device, sizes)
-        operators.covariance_update_(
-            x, self.channel_dim, self.groups, weight, state["count"], state["mean"], state["comoment"], state["skipped"]
-        )
-        self._after_update()
+        with self._noticing_nonfinite():
+            operators.covariance_update_(
+                x,
+                self.channel_dim,
+                self.groups,
+                scale,
+                weight,
+                state["count"],
+                state["mean"],
+                state["comoment"],
+                state["skipped"],
+            )
 
     def _has_data(self) -> bool:
         return bool(self._state["count"] > 0)
@@ -65,7 +73,8 @@ class Covariance(_ChannelCovariance):
     """Mean and covariance of a layer's output or input channels over all examples and positions.
 
     Attributes:
-        side: whether ``collect`` gives it the layer's output or its input (of a convolution: its pixels, not patches).
+        side: whether ``collect`` gives it the layer's output or its input (of a convolution: its pixels, not patches),
+            for which there is only one tap.
         groups: of the channels; ``collect`` takes the layer's.
         correction: what is taken from the number of samples in the divisor; 1 gives the unbiased estimate.
     """
@@ -76,6 +85,11 @@ class Covariance(_ChannelCovariance):
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """The values that settings with few of them can have."""
         return {**super().choices(), "side": ("output", "input")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side == "input" and self.tap != "layer":
+            raise ArgumentError(f'tap: expected "layer" for side="input", got {self.tap!r}')
 
     def update(self, x: Tensor, *, weight: Tensor | None = None) -> None:
         """Take in one batch.
@@ -105,7 +119,12 @@ class GradientCovariance(_ChannelCovariance):
         """The values that settings with few of them can have."""
         return {**super().choices(), "loss_reduction": ("mean", "sum")}
 
-    def update(self, gradient: Tensor, *, weight: Tensor | None = None) -> None:
-        """Take in one batch of gradients, shaped as the activation; ``weight`` as for ``Covariance``."""
-        scale = loss_scale(gradient, self.loss_reduction)
-        self._accumulate(gradient if scale == 1 else gradient * scale, weight)
+    def update(self, gradient: Tensor, *, weight: Tensor | None = None, batch_size: int | None = None) -> None:
+        """Take in one batch of gradients.
+
+        Args:
+            gradient: shaped as the activation.
+            weight: as for ``Covariance``.
+            batch_size: examples that the loss was reduced over, if not the gradient's first dimension.
+        """
+        self._accumulate(gradient, weight, loss_scale(batch_size or len(gradient), self.loss_reduction))

@@ -40,9 +40,9 @@ class FeatureMapRank(Statistic):
         """Take in one batch of feature maps (N, C, H, W). Maps with NaN or infinities are left out and counted."""
         ranks = feature_map_rank(x, rtol=self.rtol, atol=self.atol).T
         state = self._ready(x.device, {"channels": x.shape[1], "ranks": min(x.shape[2:]) + 1})
-        state["histogram"].scatter_add_(1, ranks.clamp(min=0), (ranks >= 0).long())
-        state["skipped"] += (ranks < 0).sum()
-        self._after_update()
+        with self._noticing_nonfinite():
+            state["histogram"].scatter_add_(1, ranks.clamp(min=0), (ranks >= 0).long())
+            state["skipped"] += (ranks < 0).sum()
 
     def compute(self) -> Tensor:
         """Mean rank (C,) over all maps seen, float64."""

@@ -6,7 +6,8 @@ A statistic is a keyword-only dataclass: its fields are its settings, and its st
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -62,7 +63,6 @@ class Statistic(ABC):
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] = {}
-        self._skipped_before = 0
         self.layer = ""
         for setting, expected in self.choices().items():
             if getattr(self, setting) not in expected:
@@ -194,19 +194,21 @@ class Statistic(ABC):
     def _require_data(self) -> None:
         if self.is_empty or not self._has_data():
             left_out = f" ({self.skipped} were left out because of NaN or infinities)" if self.skipped else ""
-            needs = " and a backward pass" if self.needs_gradient else ""
+            needs = " and a backward pass that reaches it" if self.needs_gradient else ""
             raise PcafastError(
                 f"{type(self).__name__} of layer {self.layer!r} has seen no batch{left_out}: "
-                f"run the model's forward{needs} before compute()."
+                f"it takes a forward pass that calls the layer{needs}."
             )
 
     @abstractmethod
     def _has_data(self) -> bool: ...
 
-    def _after_update(self) -> None:
+    @contextmanager
+    def _noticing_nonfinite(self) -> Iterator[None]:
         # Reads from the device, so only where the user asked for it.
-        if self.nonfinite == "raise" and self.skipped > self._skipped_before:
-            self._skipped_before = self.skipped
+        before = self.skipped if self.nonfinite == "raise" else 0
+        yield
+        if self.nonfinite == "raise" and self.skipped > before:
             raise NonFiniteError(
                 f"{type(self).__name__} of layer {self.layer!r}: the batch holds NaN or infinities. "
                 'nonfinite="skip" leaves such batches out.'

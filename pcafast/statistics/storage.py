@@ -29,14 +29,11 @@ def save_statistics(statistics: Mapping[str, Mapping[str, Statistic]], path: str
     Raises:
         FileError: the file cannot be written; what was there before still is.
     """
-    index = {
-        name: {layer: [type(one).__name__, one.settings] for layer, one in layers.items()}
-        for name, layers in statistics.items()
-    }
+    entries = [(name, layer, one) for name, layers in statistics.items() for layer, one in layers.items()]
+    index = [[name, layer, type(one).__name__, one.settings] for name, layer, one in entries]
     tensors = {
-        f"{name}/{layer}/{state}": tensor.contiguous().cpu()
-        for name, layers in statistics.items()
-        for layer, one in layers.items()
+        f"{number}/{state}": tensor.contiguous().cpu()
+        for number, (_, _, one) in enumerate(entries)
         for state, tensor in one.state_dict().items()
     }
     header = {"format": FORMAT, "version": VERSION, "index": json.dumps(index)}
@@ -69,16 +66,12 @@ def load_statistics(path: str | Path) -> Collections:
         raise FileError(f"{path} is damaged: {error}") from error
 
 
-def _restore(
-    index: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]], tensors: Mapping[str, Tensor]
-) -> Collections:
+def _restore(index: list[tuple[str, str, str, dict[str, Any]]], tensors: Mapping[str, Tensor]) -> Collections:
     collections: Collections = {}
-    for name, layers in index.items():
-        collections[name] = {}
-        for layer, (kind, settings) in layers.items():
-            one = KINDS[kind](**settings)
-            one.layer = layer
-            prefix = f"{name}/{layer}/"
-            one.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-            collections[name][layer] = one
+    for number, (name, layer, kind, settings) in enumerate(index):
+        one = KINDS[kind](**settings)
+        one.layer = layer
+        prefix = f"{number}/"
+        one.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+        collections.setdefault(name, {})[layer] = one
     return collections

@@ -37,21 +37,28 @@ class Taylor(Statistic):
         """The values that settings with few of them can have."""
         return {**super().choices(), "reduction": get_args(TaylorReduction), "loss_reduction": get_args(LossReduction)}
 
-    def update(self, activation: Tensor, gradient: Tensor) -> None:
-        """Take in one batch of activations (N, C, *) and gradients of the same shape."""
+    def update(self, activation: Tensor, gradient: Tensor, *, batch_size: int | None = None) -> None:
+        """Take in one batch.
+
+        Args:
+            activation: (N, C, *), or with the channels in ``channel_dim``.
+            gradient: of the same shape.
+            batch_size: examples that the loss was reduced over, if not the activation's first dimension.
+        """
         sizes = {"reductions": len(get_args(TaylorReduction)), "channels": activation.shape[self.channel_dim]}
         state = self._ready(activation.device, sizes)
-        operators.taylor_update_(
-            activation,
-            gradient,
-            self.channel_dim,
-            loss_scale(activation, self.loss_reduction),
-            state["examples"],
-            state["positions"],
-            state["sums"],
-            state["skipped"],
-        )
-        self._after_update()
+        scale = loss_scale(batch_size or len(activation), self.loss_reduction)
+        with self._noticing_nonfinite():
+            operators.taylor_update_(
+                activation,
+                gradient,
+                self.channel_dim,
+                scale,
+                state["examples"],
+                state["positions"],
+                state["sums"],
+                state["skipped"],
+            )
 
     def compute(self, reduction: TaylorReduction | None = None) -> Tensor:
         """Scores (C,), float64, by the statistic's own reduction or, as the sums allow, by any other."""
