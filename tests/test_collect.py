@@ -1,5 +1,7 @@
 """Choosing layers, tapping them at the right place, and masks."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +171,7 @@ def test_bad_choices_are_explained(arguments, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Covariance(side="input", tap="norm"), 'tap: expected "layer" for side="input", got \'norm\''),
         (lambda: Covariance(side="left"), "side: expected one of output, input, got 'left'"),
         (lambda: Taylor(reduction="l1"), "reduction: expected one of molchanov2017, .*got 'l1'"),
         (lambda: Taylor(loss_reduction="max"), "loss_reduction: expected one of mean, sum, got 'max'"),
@@ -205,10 +208,168 @@ def test_unbatched_images_are_refused():
         model(torch.randn(3, 5, 5))
 
 
+class Follows(nn.Module):
+    """A convolution, and a function of its output."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+def in_place(x, change):
+    change(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.relu(x),
+        lambda x: F.relu(x) + x,
+        lambda x: x + F.relu(x),
+        lambda x: x.square().sum() * F.relu(x),
+        lambda x: F.relu(x).sum() * torch.cat([x, x]),
+        lambda x: F.relu(F.relu(x) + x),
+        lambda x: F.relu(x.clone(), inplace=True) * x,
+        lambda x: in_place(x, F.relu_),
+        lambda x: in_place(x, lambda y: F.leaky_relu(y, 0.1, True)),
+        lambda x: in_place(x, lambda y: F.silu(y, inplace=True)),
+        lambda x: in_place(x, lambda y: y.add_(1)).square(),
+        lambda x: F.hardtanh(x, -0.1, 0.2),
+        lambda x: F.max_pool2d(F.relu(x), 2),
+        lambda x: F.dropout(x, 0.5, True, True),
+    ],
+)
+def test_taylor_whatever_becomes_of_the_output(function):
+    """The gradient is that of all uses of the output, so the activation must be that before all of them."""
+    model, x = Follows(function), torch.randn(2, 3, 4, 4)
+    with pcafast.collect(model, taylor=Taylor()) as stats:
+        torch.manual_seed(1)
+        model(x).square().mean().backward()
+    convolved = model.conv(x).detach().requires_grad_()
+    torch.manual_seed(1)
+    (gradient,) = torch.autograd.grad(function(convolved * 1).square().mean(), convolved)
+    expected = pcafast.functional.taylor_scores(convolved, gradient)
+    torch.testing.assert_close(stats["taylor"]["conv"].compute(), expected, rtol=1e-5, atol=0)
+
+
+def test_taylor_of_an_output_that_the_loss_uses_too():
+    model = Follows(lambda x: (F.relu(x), x))
+    x = torch.randn(2, 3, 4, 4)
+    with pcafast.collect(model, taylor=Taylor()) as stats:
+        rectified, convolved = model(x)
+        (rectified.mean() + convolved.square().mean()).backward()
+    gradient = (convolved > 0) / 128 + 2 * convolved / 128
+    expected = pcafast.functional.taylor_scores(convolved, gradient)
+    torch.testing.assert_close(stats["taylor"]["conv"].compute(), expected, rtol=1e-5, atol=0)
+
+
+def test_taylor_after_a_batch_norm_that_a_residual_is_added_to_in_place():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            out = self.normed = self.norm(self.conv(x))
+            self.before = out.detach().clone()
+            out += x
+            return F.relu(out, inplace=True)
+
+    model, x = Block(), torch.randn(2, 3, 4, 4)
+    with pcafast.collect(model, taylor=Taylor(tap="norm")) as stats:
+        loss = model(x).square().mean()
+        loss.backward()
+    gradient = 2 / 96 * F.relu(model.before + x)
+    expected = pcafast.functional.taylor_scores(model.before, gradient)
+    torch.testing.assert_close(stats["taylor"]["conv"].compute(), expected, rtol=1e-5, atol=0)
+
+
+def test_parts_of_the_model_called_alone():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), "b": nn.Sequential(nn.Conv2d(4, 2, 1))})
+    x = torch.randn(5, 3, 4, 4)
+    with pcafast.collect(model, r=FeatureMapRank(), t=Taylor(tap="activation")) as stats:
+        for _ in range(3):
+            model["b"](model["a"](x)).sum().backward()
+            assert not stats._hooks._values._followers
+    assert {layer: int(one.state_dict()["examples"]) for layer, one in stats["t"].items()} == {"a.0": 15, "b.0": 15}
+
+
+def test_gradients_are_scaled_by_the_batch_and_not_by_folded_positions():
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    model, x = Folds(), torch.randn(2, 7, 4)
+    with pcafast.collect(model, folded=GradientCovariance()) as stats:
+        model(x).square().flatten(1).sum(1).mean().backward()
+    expected = pcafast.functional.covariance(2 * model.linear(x), channel_dim=-1)
+    torch.testing.assert_close(stats["folded"]["linear"].compute(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_sixteen_bit_gradients_are_scaled_without_overflow():
+    gradient = (300 * torch.randn(256, 3)).half()
+    statistic = GradientCovariance()
+    statistic.update(gradient)
+    expected = torch.cov(gradient.double().T * 256, correction=0)
+    torch.testing.assert_close(statistic.compute().covariance, expected, rtol=1e-6, atol=0)
+
+
+def test_the_channels_of_other_layers_are_where_the_statistic_says():
+    model = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.LayerNorm(6))
+    with pcafast.collect(model, layers=lambda name, module: bool(name), c=Covariance(channel_dim=-1)) as stats:
+        model(torch.randn(2, 9, 5))
+    assert {len(one.compute().mean) for one in stats["c"].values()} == {6}
+
+
+def test_shared_modules_and_the_model_itself():
+    conv = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(conv, nn.Sequential(conv))
+    assert list(pcafast.collect(model, c=Covariance())["c"]) == ["0"]
+    assert list(pcafast.collect(model, layers="1.0", c=Covariance())["c"]) == ["1.0"]
+    with pcafast.collect(conv, c=Covariance()) as stats:
+        conv(torch.randn(2, 3, 4, 4))
+    assert stats["c"][""].state_dict()["count"] == 32
+
+
+def test_copies_of_the_model_made_inside_the_block_have_no_hooks(tmp_path):
+    model = Functional()
+    with pcafast.collect(model, t=Taylor(), r=FeatureMapRank()) as stats:
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (twin, torch.load(tmp_path / "model.pt", weights_only=False)):
+            other(torch.randn(2, 3, 6, 6)).sum().backward()
+        assert stats["r"]["conv1"].is_empty
+        model(torch.randn(2, 3, 6, 6)).sum().backward()
+    twin(torch.randn(2, 3, 6, 6))
+    assert stats["t"]["conv1"].state_dict()["examples"] == 2
+
+
+def test_a_block_in_which_nothing_happens_warns():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.warns(pcafast.PcafastWarning, match="c: no forward called any of its layers"):  # noqa: SIM117
+        with pcafast.collect(model, c=Covariance()):
+            torch.compile(model, backend="eager")
+
+
+def test_collections_of_other_layers_do_not_merge():
+    one, other = (pcafast.collect(Functional(), layers=layer, c=Covariance()) for layer in ("conv1", "conv2"))
+    with pytest.raises(pcafast.ArgumentError, match="'c' of layer 'conv1' is only in this collection"):
+        one.merge(other)
+
+
 def test_an_output_overwritten_in_place_is_an_error_and_not_a_wrong_number():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU(inplace=True))
+    model = Follows(lambda x: x.mul_(2))
     with (
-        pytest.raises(pcafast.PcafastError, match=r"layer '0' was overwritten in place.*tap=\"activation\""),
+        pytest.raises(pcafast.PcafastError, match=r"layer 'conv' was overwritten in place.*tap=\"activation\""),
         pcafast.collect(model, taylor=Taylor()),
     ):
         model(torch.randn(2, 3, 4, 4)).sum().backward()
@@ -231,7 +392,7 @@ def test_nothing_seen_is_an_error():
         model(torch.randn(2, 3, 6, 6))
     stats["c"]["conv1"].compute()
     with pytest.raises(
-        pcafast.PcafastError, match=r"Taylor of layer 'conv1' has seen no batch.*forward and a backward"
+        pcafast.PcafastError, match=r"Taylor of layer 'conv1' has seen no batch.*calls the layer and a backward"
     ):
         stats["taylor"]["conv1"].compute()
 

@@ -256,6 +256,7 @@ def test_law_5_nothing_is_left_behind(data):
         F.cross_entropy(output, labels).backward()
     assert torch.equal(output, expected)
     assert hooks_of(model) == hooks
+    assert torch._C._len_torch_function_stack() == 0
     assert [module.training for module in model.modules()] == modes
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert mine.requires_grad == theirs.requires_grad
@@ -312,8 +313,20 @@ def test_law_5_a_layer_called_twice_counts_twice():
     assert stats["rank"]["layer"].distribution().sum() == 6 * 4
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_law_5_a_recomputed_forward_counts_once(reentrant, data):
+BACKWARDS = {
+    "loss.backward()": lambda loss, parameters: loss.backward(),
+    "loss.backward(inputs)": lambda loss, parameters: loss.backward(inputs=parameters),
+    "autograd.backward": lambda loss, parameters: torch.autograd.backward(loss),
+    "autograd.grad": lambda loss, parameters: torch.autograd.grad(loss, parameters),
+}
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "backward"),
+    # The re-entrant kind does not take inputs.
+    [*[(False, one) for one in BACKWARDS], (True, "loss.backward()"), (True, "autograd.backward")],
+)
+def test_law_5_a_recomputed_forward_counts_once(reentrant, backward, data):
     images, labels = data
     images = images.clone().requires_grad_()  # or the re-entrant kind has no gradient at all
     model = network()
@@ -329,7 +342,7 @@ def test_law_5_a_recomputed_forward_counts_once(reentrant, data):
 
     def watched(outer, layers):
         with pcafast.collect(outer, layers=layers, **{name: make() for name, make in STATISTICS.items()}) as stats:
-            F.cross_entropy(outer(images), labels).backward()
+            BACKWARDS[backward](F.cross_entropy(outer(images), labels), list(outer.parameters()))
         return stats
 
     found = watched(Checkpointed(), ["inner.0", "inner.3"])
@@ -361,6 +374,26 @@ def test_law_6_a_batch_with_nan_is_left_out_counted_and_named(data):
     # Of ranks only the maps with NaN are left out: all eight of image 13.
     assert found["rank"]["0"].skipped == 8
     assert found["rank"]["0"].distribution().sum() == 8 * 23
+
+
+@pytest.mark.parametrize("make", [Covariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments])
+def test_law_6_nonfinite_raise_starts_anew_after_reset_and_load(make, data):
+    images, labels = poisoned(data)
+
+    def run(batch, statistic):
+        model = network()
+        with pcafast.collect(model, layers="0", statistic=statistic) as stats:
+            stats["statistic"]["0"].load_state_dict(skipping.state_dict())
+            F.cross_entropy(model(batch), labels).backward()
+        return stats["statistic"]["0"]
+
+    skipping = make()
+    with pytest.warns(pcafast.PcafastWarning, match="statistic: NaN"):
+        skipping = run(images, make())
+    again = run(data[0], make(nonfinite="raise"))  # has skipped before, and does not now
+    again.reset()
+    with pytest.raises(pcafast.NonFiniteError):
+        run(images, make(nonfinite="raise"))
 
 
 @pytest.mark.parametrize("make", [Covariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments])

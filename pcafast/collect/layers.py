@@ -31,7 +31,8 @@ def choose_layers(model: nn.Module, choice: LayerChoice | None) -> dict[str, nn.
     Raises:
         ArgumentError: a pattern or the whole choice matches no layer; the message lists the names there are.
     """
-    named = {name: module for name, module in model.named_modules() if name}
+    # A module with several names has all of them here, so that any may be asked for; it is watched once.
+    named = dict(model.named_modules(remove_duplicate=False))
     if choice is None:
         chosen = {name for name, module in named.items() if isinstance(module, (nn.Linear, *CONVOLUTIONS))}
         description = "convolution or linear layer"
@@ -43,7 +44,8 @@ def choose_layers(model: nn.Module, choice: LayerChoice | None) -> dict[str, nn.
         chosen, description = set().union(*(_matching(named, one) for one in choice)), repr(choice)
     if not chosen:
         raise ArgumentError(f"layers: no layer of the model matches {description}. {_existing(named)}")
-    return {name: module for name, module in named.items() if name in chosen}
+    first_names = {id(named[name]): name for name in reversed(named) if name in chosen}
+    return {name: named[name] for name in named if first_names.get(id(named[name])) == name}
 
 
 def _matching(named: dict[str, nn.Module], choice: type[nn.Module] | str) -> set[str]:
@@ -61,6 +63,8 @@ def _existing(named: dict[str, nn.Module]) -> str:
     return f"Its layers are: {shown or 'none'}."
 
 
-def channel_dim(layer: nn.Module) -> int:
-    """The dimension of the layer's input and output that holds the channels."""
-    return -1 if isinstance(layer, nn.Linear | nn.LayerNorm) else 1
+def channel_dim(layer: nn.Module, otherwise: int) -> int:
+    """The dimension of the layer's input and output that holds the channels; ``otherwise`` if its type does not say."""
+    if isinstance(layer, tuple(CONVOLUTIONS)):
+        return 1
+    return -1 if isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding) else otherwise

@@ -45,7 +45,8 @@ class Statistic(ABC):
     Attributes:
         tap: where in the model it looks: right after the layer, after its batch norm, or after its activation
             (whichever of these comes last where the model has fewer).
-        channel_dim: which dimension of what it is given holds the channels.
+        channel_dim: which dimension of what it is given holds the channels. ``collect`` knows it for convolutions,
+            linear layers, layer norms and embeddings, and takes this for others.
         nonfinite: a batch with NaN or infinities is left out and counted (``skip``) or an error (``raise``).
         layer: the name of the layer it belongs to, for messages.
     """
