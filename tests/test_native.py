@@ -50,13 +50,16 @@ def test_cuda_that_is_wished_for_but_missing_is_an_error(setup_script, monkeypat
         with_cuda(None)
 
 
-def test_an_nvcc_of_another_major_version_is_not_used(setup_script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("by", ["CUDA_HOME", "PATH"])
+def test_an_nvcc_of_another_major_version_is_not_used(by, setup_script, monkeypatch, tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
     nvcc.chmod(0o755)
-    script = setup_script(PCAFAST_CUDA="0", CUDA_HOME=str(tmp_path))
+    place = {"CUDA_HOME": str(tmp_path)} if by == "CUDA_HOME" else {"PATH": f"{nvcc.parent}:{os.environ['PATH']}"}
+    script = setup_script(PCAFAST_CUDA="0", **place)
     assert script["find_nvcc"]() == nvcc
+    assert script["toolkit_of"](nvcc) == tmp_path
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "is not of CUDA 13" in script["why_no_cuda"](nvcc)
 

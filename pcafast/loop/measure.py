@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pcafast.loop.batches import device_of
 from pcafast.modes import evaluating
+from pcafast.plan.trace import trace
 
 
 class Costs(NamedTuple):
@@ -29,14 +29,13 @@ def measure(model: nn.Module, batch: Tensor, *, repeats: int = 20) -> Costs:
         repeats: the time is the median of as many forwards, after a few to warm up.
     """
     batch = batch.to(device_of(model))
+    macs = trace(model, batch[:1]).macs
     with evaluating(model), torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            model(batch[:1])
         for _ in range(3):
             model(batch)
         seconds = statistics.median(_seconds(model, batch) for _ in range(repeats))
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Costs(params, counter.get_total_flops() // 2, seconds)
+    return Costs(params, macs, seconds)
 
 
 def _seconds(model: nn.Module, batch: Tensor) -> float:
