@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,6 +54,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # of fused attention on the CPU nothing is counted
         for name, layer in layers.items():
             stack.enter_context(watch.hooks(name, layer))
         for mode in (counter, _Operations(watch.note), _Functions(watch.note)):
