@@ -38,7 +38,7 @@ class KeptActivation:
     def replace(self, x: Tensor) -> None:
         """Hold another tensor instead."""
         with torch.enable_grad():
-            self._node: Any = _Save.apply(_ANCHOR, x.detach()).grad_fn
+            self._output: Any = _Save.apply(_ANCHOR, x.detach())  # the node lives as long as its output
 
     def take(self) -> Tensor:
         """The activation, which is let go.
@@ -47,7 +47,7 @@ class KeptActivation:
             PcafastError: it was overwritten in the meantime.
         """
         try:
-            saved: Tensor = self._node.saved_tensors[0]
+            saved: Tensor = self._output.grad_fn.saved_tensors[0]
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -56,5 +56,5 @@ class KeptActivation:
                 'tap="activation", or make what follows the layer not work in place.'
             ) from error
         # The hook that holds this object lives as long as the graph, which is longer than autograd keeps its tensors.
-        self._node = None
+        self._output = None
         return saved
