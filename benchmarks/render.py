@@ -34,7 +34,7 @@ def collect_cost() -> str:
 
 
 def headline() -> str:
-    """The sentence with the figures."""
+    """The sentences with the figures."""
     cost, accuracy = results.read("collect_cost"), results.read("low_rank")
     best = {
         name: max(row["accuracy"] for what, row in network["rows"].items() if what != "original")
@@ -62,8 +62,8 @@ TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function
 def rendered(text: str) -> str:
     """The document with its tables made anew."""
     return re.sub(
-        r"(<!-- (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}",
+        r"(<!-- (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )
