@@ -69,12 +69,13 @@ def test_stats_compress_evaluate(pcafast_command, weights):
 
     code, out, _ = pcafast_command(
         *("compress", "digits_cnn", "--weights", weights, "--budget", "params=0.6", "--images", 200, "--out", "small"),
-        "--reestimate-batch-norm",
+        "--keep-batch-norm",
     )
     assert code == 0
     report = json.loads(Path("small/report.json").read_text())
     assert report["after"]["params"] <= 0.6 * report["before"]["params"]
     assert report["command"].startswith("pcafast compress digits_cnn")
+    assert not pcafast.load(build("digits_cnn"), "small").bn3.running_mean.any()  # as it was, in fresh weights
 
     code, out, _ = pcafast_command("evaluate", "digits_cnn", "--compressed", "small")
     assert code == 0
@@ -89,6 +90,7 @@ def test_compress_by_ratio_and_by_energy(pcafast_command, weights):
         assert code == 0
         plan = json.loads(Path("out/plan.json").read_text())
         assert {action["layer"] for action in plan["actions"]} <= {"conv2", "conv3"}
+        assert pcafast.load(build("digits_cnn"), "out").bn3.running_mean.any()
 
 
 def test_doctor(pcafast_command):

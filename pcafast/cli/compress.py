@@ -41,8 +41,12 @@ def command(
         list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
     ] = None,
     reestimate: Annotated[
-        bool, typer.Option("--reestimate-batch-norm", help="Measure the batch norms anew on the training images.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--reestimate-batch-norm/--keep-batch-norm",
+            help="Move the batch norms to what they see, on the training images, in the smaller model.",
+        ),
+    ] = True,
     data: options.Data = "digits",
     weights: options.Weights = None,
     num_classes: options.NumClasses = None,
