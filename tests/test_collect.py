@@ -1,6 +1,7 @@
 """Choosing layers, tapping them at the right place, and masks."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -416,16 +417,19 @@ def test_maps_of_several_sizes_grow_the_histogram():
 
 
 def test_a_hook_call_is_cheap():
-    """Python's part of one call, on a layer so small that the kernels take no time: at most 20 us as designed."""
-    import time
+    """Of layers so small that the kernels take no time: 20 us of Python by design, and some for busy machines."""
+    model, x = nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(50)]), torch.randn(1, 2, 1, 1)
 
-    statistic, x = Covariance(), torch.randn(1, 2, 1, 1)
-    best = min(_seconds(lambda: statistic.update(x), time.perf_counter) for _ in range(20))
-    assert best < 60e-6  # thrice the design's figure, since shared machines are slow at times
+    def best():
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start)
+        return min(times) / 50
 
-
-def _seconds(call, clock, times=200):
-    start = clock()
-    for _ in range(times):
-        call()
-    return (clock() - start) / times
+    with torch.no_grad():
+        plain = best()
+        with pcafast.collect(model, c=Covariance()):
+            watched = best()
+    assert watched - plain < 60e-6
