@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,11 +13,3 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def data_folder():
-    """The real data sets and trained networks."""
-    if "PCAFAST_DATA" not in os.environ:
-        pytest.skip("PCAFAST_DATA does not name the folder with the real data")
-    return Path(os.environ["PCAFAST_DATA"])

@@ -3,13 +3,16 @@
 PCAFAST_DATA names a folder with MNIST/raw, cifar10-train.npz, cifar10-test.npz and the checkpoints below.
 """
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pcafast import data, models
+from pcafast.cli import main
 
 DATA = Path(os.environ.get("PCAFAST_DATA", ""))
 
@@ -29,6 +32,22 @@ def test_accuracy_of_the_published_checkpoints(name, checkpoint, published):
         )
     assert len(dataset) == 10_000
     assert abs(correct - published) <= 2
+
+
+def test_pca_without_retraining(tmp_path, monkeypatch):
+    """At the MACs that half the rank of every stride-1 convolution has: pca-compress's own code reaches 79.44 %."""
+    arguments = [
+        *("pcafast", "compress", "resnet20", "--weights", DATA / "resnet20-12fca82f.th"),
+        *("--data", DATA / "cifar10-{split}.npz", "--budget", "macs=0.584", "--out", tmp_path / "small"),
+    ]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert report["after"]["images"] == 10_000
+    assert report["after"]["accuracy"] >= 0.83
+    assert report["after"]["macs"] <= 0.584 * report["before"]["macs"]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 60_000), ("test", 10_000)])
