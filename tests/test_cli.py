@@ -45,7 +45,7 @@ def test_demo(pcafast_command):
     code, out, err = pcafast_command("demo")
     assert (code, err) == (0, "")
     report = json.loads(Path("pcafast-demo/report.json").read_text())
-    trained, retrained = report["trained"], report["after retraining"]
+    trained, retrained = report["trained"], report["retrained"]
     assert trained["accuracy"] > 0.98
     assert retrained["accuracy"] >= trained["accuracy"] - 0.01
     assert retrained["macs"] <= 0.5 * trained["macs"]

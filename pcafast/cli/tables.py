@@ -15,7 +15,7 @@ def comparison(rows: dict[str, tuple[Evaluation, Costs]], batch_size: int) -> Ta
     """Accuracy and costs of a model, one row for each of its states; ratios are to the first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for title in ("accuracy", "params", "MACs", f"latency (batch {batch_size})"):
+    for title in ("accuracy", "params", "MACs", f"latency of {batch_size}"):
         table.add_column(title, justify="right")
     first = next(iter(rows.values()))[1]
     for name, (evaluation, costs) in rows.items():
