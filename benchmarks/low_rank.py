@@ -37,7 +37,7 @@ def compressed(name: str) -> dict[str, Any]:
         return {
             "correct": evaluation.correct,
             "accuracy": evaluation.accuracy,
-            "macs": measure(candidate, example, repeats=1).macs,
+            "macs": measure(candidate, batch=example, repeats=1)[0].macs,
         }
 
     def reestimated(candidate: nn.Module) -> nn.Module:

@@ -57,10 +57,17 @@ def test_measure_counts_by_hand():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5)
     )
-    costs = measure(model, torch.randn(2, 3, 6, 6), repeats=2)
+    (costs,) = measure(model, batch=torch.randn(2, 3, 6, 6), repeats=2)
     assert costs.params == 8 * 27 + 8 + 16 + 5 * 288 + 5
     assert costs.macs == 36 * 8 * 27 + 5 * 288
     assert costs.seconds > 0
+
+
+def test_measure_times_each_model_on_its_own():
+    slow = nn.Sequential(*[nn.Linear(300, 300) for _ in range(100)])
+    quick, long, again = measure(slow[:1], slow, slow[:1], batch=torch.randn(64, 300), repeats=5)
+    assert long.macs == 100 * quick.macs
+    assert long.seconds > 5 * max(quick.seconds, again.seconds)
 
 
 def test_measure_counts_attention():
@@ -68,7 +75,7 @@ def test_measure_counts_attention():
     tokens, width = 7, 8
     model = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
     products = 4 * width * width + 2 * width * 16 + 2 * tokens * width
-    assert measure(model, torch.randn(1, tokens, width), repeats=1).macs == tokens * products
+    assert measure(model, batch=torch.randn(1, tokens, width), repeats=1)[0].macs == tokens * products
 
 
 def test_calibrate_keeps_gradients_and_modes_even_after_an_error():

@@ -15,7 +15,7 @@ from pcafast.cli.doctor import environment
 from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
 from pcafast.data import loader, open_dataset
 from pcafast.errors import ArgumentError
-from pcafast.loop import Costs, Evaluation, calibrate, evaluate, measure
+from pcafast.loop import Evaluation, calibrate, evaluate, measure
 from pcafast.plan import Budget, plan_low_rank
 from pcafast.progress import track
 from pcafast.result import save
@@ -65,26 +65,27 @@ def command(
     train = open_dataset(data, "train", image_size=image_size)
     batches = options.training_batches(train, images, batch_size, seed)
 
-    def judge(candidate: nn.Module, what: str) -> tuple[Evaluation, Costs]:
-        evaluation = evaluate(candidate, track(loader(test, batch_size=batch_size), f"evaluating {what}"))
-        return evaluation, measure(candidate, next(iter(loader(test, batch_size=LATENCY_BATCH)))[0])
+    def judge(candidate: nn.Module, what: str) -> Evaluation:
+        return evaluate(candidate, track(loader(test, batch_size=batch_size), f"evaluating {what}"))
 
+    images_to_time, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
     before = judge(network, "the model")
     stats = calibrate(network, track(batches, "collecting"), layers=layers, covariance=Covariance())
-    example = next(iter(loader(test, batch_size=1)))[0].to(options.choose_device(device))
+    example = images_to_time[:1].to(options.choose_device(device))
     plan = plan_low_rank(network, stats["covariance"], budget=share, ratio=ratio, energy=energy, example_input=example)
     small = plan.apply(network)
     if reestimate:
         reestimate_batch_norm(small, track(batches, "re-estimating batch norms"))
     after = judge(small, "the result")
+    costs = measure(network, small, batch=images_to_time)
+    rows = {"before": (before, costs[0]), "after": (after, costs[1])}
 
     report = {
         "command": shlex.join(sys.argv),
         "environment": environment(),
         "data": {"train": train.name, "test": test.name, "images": min(images, len(train))},
-        "before": as_report(*before, LATENCY_BATCH),
-        "after": as_report(*after, LATENCY_BATCH),
+        **{name: as_report(*row, LATENCY_BATCH) for name, row in rows.items()},
     }
     save(small, plan, out, report)
-    console.print(comparison({"before": before, "after": after}, LATENCY_BATCH))
+    console.print(comparison(rows, LATENCY_BATCH))
     console.print(f"{len(plan.actions)} layers factorised, {len(plan.skipped)} left alone; written to {out}")

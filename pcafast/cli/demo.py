@@ -11,7 +11,7 @@ from pcafast.cli.doctor import environment
 from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
 from pcafast.collect import collect
 from pcafast.data import loader, open_dataset
-from pcafast.loop import Costs, Evaluation, Trainer, evaluate, measure
+from pcafast.loop import Evaluation, Trainer, evaluate, measure
 from pcafast.models import build
 from pcafast.plan import Budget, plan_low_rank
 from pcafast.progress import track
@@ -33,8 +33,8 @@ def command(
     batches = loader(train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
     example, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
 
-    def judge(model: nn.Module) -> tuple[Evaluation, Costs]:
-        return evaluate(model, loader(test, batch_size=BATCH_SIZE)), measure(model, example)
+    def judge(model: nn.Module) -> Evaluation:
+        return evaluate(model, loader(test, batch_size=BATCH_SIZE))
 
     model = build("digits_cnn")
     trainer = Trainer(model, EPOCHS * len(batches))
@@ -43,16 +43,18 @@ def command(
     # The last epoch is watched: the statistics come out of the training itself.
     with collect(model, covariance=Covariance(), taylor=Taylor(), rank=FeatureMapRank()) as stats:
         trainer.epoch(track(batches, "training, and collecting statistics"))
-    rows = {"trained": judge(model)}
+    trained = judge(model)
 
     plan = plan_low_rank(model, stats["covariance"], budget=Budget(macs=0.5), example_input=example[:1])
     small = plan.apply(model)
-    rows["PCA, half MACs"] = judge(small)
+    compressed = judge(small)
     retrainer = Trainer(small, RETRAIN_EPOCHS * len(batches), learning_rate=0.02)
     for _ in track(range(RETRAIN_EPOCHS), "retraining"):
         retrainer.epoch(batches)
-    rows["retrained"] = judge(small)
+    retrained = judge(small)
 
+    before, after = measure(model, small, batch=example)
+    rows = {"trained": (trained, before), "PCA, half MACs": (compressed, after), "retrained": (retrained, after)}
     report = {
         "command": "pcafast demo",
         "environment": environment(),

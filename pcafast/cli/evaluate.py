@@ -29,5 +29,6 @@ def command(
     dataset = open_dataset(data, "test", image_size=image_size)
     evaluation = evaluate(network, track(loader(dataset, batch_size=batch_size), "evaluating"))
     batch, _ = next(iter(loader(dataset, batch_size=LATENCY_BATCH)))
-    console.print(comparison({model: (evaluation, measure(network, batch))}, len(batch)))
+    (costs,) = measure(network, batch=batch)
+    console.print(comparison({model: (evaluation, costs)}, len(batch)))
     console.print(f"{evaluation.correct} of {evaluation.images} test images of {dataset.name} are right.")
