@@ -49,9 +49,27 @@ def one_pass(model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Ten
     return time.perf_counter() - start
 
 
+def check(model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """See that the statistics of a layer are right before they are timed."""
+    images, labels = batches[0]
+    with pcafast.collect(model, layers="conv1", **KINDS["all three"]()) as stats:
+        F.cross_entropy(model(images), labels).backward()
+    x = model.conv1(images).detach().requires_grad_()
+    maps = F.relu(model.bn1(x))
+    rest = torch.nn.Sequential(model.layer1, model.layer2, model.layer3, torch.nn.AdaptiveAvgPool2d(1))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model.linear(rest(maps).flatten(1)), labels), x)
+    exact = torch.cov(x.double().transpose(0, 1).flatten(1), correction=0)
+    torch.testing.assert_close(stats["covariance"]["conv1"].compute().covariance, exact, rtol=1e-5, atol=1e-7)
+    taylor = (len(labels) * (x * gradient).double().mean((2, 3))).abs().mean(0)
+    torch.testing.assert_close(stats["taylor"]["conv1"].compute(), taylor, rtol=1e-3, atol=1e-9)
+    rank = torch.linalg.matrix_rank(maps.detach().double(), rtol=32 * 2.0**-23).double().mean(0)
+    torch.testing.assert_close(stats["rank"]["conv1"].compute(), rank, rtol=1e-3, atol=0)
+
+
 def times() -> dict[str, float]:
     """Median seconds of one pass, plain and with each kind of statistic, measured in turns."""
     model, batches = prepare(IMAGES)
+    check(model, batches)
     one_pass(model, batches[:1], "all three")
     measured: dict[str, list[float]] = {"plain": [], **{kind: [] for kind in KINDS}}
     for _ in track(range(ROUNDS), "timing"):

@@ -1,7 +1,7 @@
 """A progress bar with the time left, for whatever takes longer than a moment."""
 
 import sys
-import time
+import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -23,12 +23,13 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
     task = progress.add_task(description, total=total)
-    start = time.monotonic()
+    # By a timer, since the first item may be the one that takes long.
+    patience = threading.Timer(PATIENCE, progress.start)
+    patience.start()
     try:
         for item in items:
             yield item
             progress.advance(task)
-            if not progress.live.is_started and time.monotonic() - start > PATIENCE:
-                progress.start()
     finally:
+        patience.cancel()
         progress.stop()

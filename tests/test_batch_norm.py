@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from pcafast.apply import reestimate_batch_norm
-from pcafast.errors import ArgumentError
+from pcafast.errors import ArgumentError, PcafastError
 
 
 class _Shifted(nn.Module):
@@ -68,3 +70,28 @@ def test_share_out_of_range_is_an_error(new_share):
 def test_no_batch_is_an_error():
     with pytest.raises(ArgumentError, match="batches: expected at least one"):
         reestimate_batch_norm(_Shifted(), iter(()))
+
+
+def test_a_batch_of_one_example_is_left_out_and_counts_are_kept():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
+    model(torch.randn(8, 3))
+    twin = copy.deepcopy(model)
+    batch = torch.randn(6, 3)
+    reestimate_batch_norm(model, [torch.randn(1, 3), batch], new_share=1.0)
+    torch.testing.assert_close(model[1].running_mean, model[0](batch).mean(0).detach())
+    assert model[1].num_batches_tracked == twin[1].num_batches_tracked == 1
+    with pytest.raises(ArgumentError, match="of two examples or more"):
+        reestimate_batch_norm(model, [torch.randn(1, 3)])
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PcafastError, match="NaN or infinities"):
+        reestimate_batch_norm(model, [torch.full((2, 3), torch.nan)])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_batches_of_something_else_are_refused():
+    with pytest.raises(ArgumentError, match="batches: expected tensors"):
+        reestimate_batch_norm(nn.BatchNorm1d(2), [{"x": torch.zeros(2, 2)}])

@@ -89,7 +89,8 @@ def test_compress_by_ratio_and_by_energy(pcafast_command, weights):
         )
         assert code == 0
         plan = json.loads(Path("out/plan.json").read_text())
-        assert {action["layer"] for action in plan["actions"]} <= {"conv2", "conv3"}
+        assert {action["layer"] for action in plan["actions"]} == {"conv2", "conv3"}
+        assert plan["reached"]["macs"]["share"] < 0.7
         assert pcafast.load(build("digits_cnn"), "out").bn3.running_mean.any()
 
 
@@ -112,7 +113,7 @@ class TwoInputs(nn.Module):
 
 
 USER_MODEL = "import torch\nclass Model(torch.nn.Linear):\n    def __init__(self): super().__init__(64, 3)\n" + (
-    "    def forward(self, x): return super().forward(x.flatten(1))\n"
+    "    def forward(self, x): return super().forward(x.flatten(1))\ndef fails(): return {}['x']\n"
 )
 
 
@@ -141,6 +142,22 @@ USER_MODEL = "import torch\nclass Model(torch.nn.Linear):\n    def __init__(self
         (["evaluate", "digits_cnn", "--data", "{negative}"], "labels out of range"),
         (["evaluate", "user_model:Model"], "labels: expected 0 to 2, as the model has 3 outputs, got 9"),
         (["evaluate", "digits_cnn", "--device", "tpu9"], "--device: expected cpu, cuda"),
+        (["evaluate", "digits_cnn", "--device", "meta"], "--device: expected cpu, cuda"),
+        (["evaluate", "user_model:fails"], "model 'user_model:fails' failed: KeyError: 'x'"),
+        (["evaluate", "broken_model:Model"], "'broken_model' cannot be imported: SyntaxError"),
+        (
+            ["compress", "digits_cnn", "--out", "o", "--ratio", "0.5", "--layers", "bn1"],
+            "none of the layers can be made",
+        ),
+        (
+            ["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.5", "--layers", "bn1"],
+            "BatchNorm2d cannot be fac",
+        ),
+        (["compress", "digits_cnn", "--out", "o", "--ratio", "7"], "ratio: expected a share in"),
+        (
+            ["compress", "digits_cnn", "--out", "{file}", "--ratio", "0.5"],
+            "--out: expected a folder",
+        ),
         (["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.01"], "The nearest that can be met is macs="),
         (["compress", "digits_cnn", "--out", "o", "--budget", "time=0.5"], "expected macs=SHARE or params=SHARE"),
         (["compress", "digits_cnn", "--out", "o"], "expected exactly one of --budget, --ratio and --energy"),
@@ -150,6 +167,7 @@ USER_MODEL = "import torch\nclass Model(torch.nn.Linear):\n    def __init__(self
 def test_bad_input_is_one_paragraph_and_status_2(arguments, message, pcafast_command, weights, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     (tmp_path / "user_model.py").write_text(USER_MODEL)
+    (tmp_path / "broken_model.py").write_text("def Model(:")
     (tmp_path / "file").write_text("")
     (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:1000])
     np.savez(tmp_path / "empty.npz", images=np.zeros((0, 8, 8), np.uint8), labels=np.zeros(0, np.int64))
@@ -163,8 +181,26 @@ def test_bad_input_is_one_paragraph_and_status_2(arguments, message, pcafast_com
 
     assert re.search(message, err.replace("\n", " ")), err
     assert "Traceback" not in err
-    assert len(err.strip().splitlines()) == 1, err
+    paragraphs = [line for line in err.strip().splitlines() if not line.startswith("note: without --weights")]
+    assert len(paragraphs) == 1, err
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_a_result_is_evaluated_with_the_options_it_was_made_with(pcafast_command):
+    made = ("torchvision:squeezenet1_1", "--num-classes", 10)
+    code, _, _ = pcafast_command(
+        "compress", *made, "--data", "rgb.npz", "--ratio", 0.5, "--out", "small", "--images", 3
+    )
+    assert code == 2  # there is no such file yet
+    np.savez("rgb.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
+    code, out, _ = pcafast_command("compress", *made, "--data", "rgb.npz", "--ratio", 0.5, "--out", "small")
+    assert (code, "left alone, since" in out) == (0, True)
+    report = json.loads(Path("small/report.json").read_text())
+    assert report["after"]["latency_batch_size"] == 4
+    code, _, err = pcafast_command("evaluate", made[0], "--data", "rgb.npz", "--compressed", "small")
+    assert code == 2
+    assert "the options, such as --num-classes, that it was compressed with" in err
+    assert pcafast_command("evaluate", *made, "--data", "rgb.npz", "--compressed", "small")[0] == 0
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -286,3 +286,31 @@ def test_applying_a_fused_action_to_another_model_names_both_layers():
     plan = plan_low_rank(model, _covariance(model, x), ratio=0.25, example_input=x)
     with pytest.raises(ArgumentError, match="layer '0' cannot be fused into '1': expected a Linear of 12 channels"):
         plan.apply(nn.Sequential(nn.Linear(12, 12), nn.Linear(6, 12)))
+
+
+def test_a_layer_with_hooks_of_its_own_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.randn(20, 8)
+    with pcafast.collect(model, covariance=pcafast.Covariance()) as stats:
+        model(x)
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    plan = plan_low_rank(model, stats["covariance"], ratio=0.25)
+    assert plan.skipped == {"0": "it has hooks, which would be lost"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.5}, "budget: expected a pcafast.Budget such as"),
+        ({"ratio": "a"}, "ratio: expected a share in"),
+        ({"budget": pcafast.Budget(macs=0.5), "example_input": torch.zeros(0, 8)}, "example_input: expected one that"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, message):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pcafast.collect(model, covariance=pcafast.Covariance()) as stats:
+        model(torch.randn(20, 8))
+    with pytest.raises(ArgumentError, match=message):
+        plan_low_rank(model, stats["covariance"], **arguments)
+    with pytest.raises(ArgumentError, match=r"such as stats\['covariance'\], got a whole collection of 'covariance'"):
+        plan_low_rank(model, stats, ratio=0.5)

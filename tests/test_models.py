@@ -121,7 +121,11 @@ def test_callable_of_the_current_directory():
         ("my_nets:text", None, "must return a torch.nn.Module, got str; my_nets has fixed, needy"),
         ("my_nets:needy", None, "cannot be called with no arguments: missing a required argument: 'width'"),
         ("my_nets:fixed", 3, "cannot be called with num_classes=3: got an unexpected keyword"),
-        ("my_broken_nets:small", None, "cannot be imported: No module named 'a_library_not_installed'"),
+        (
+            "my_broken_nets:small",
+            None,
+            "cannot be imported: ModuleNotFoundError: No module named 'a_library_not_installed'",
+        ),
     ],
 )
 def test_callable_that_does_not_serve(name, num_classes, message):
@@ -222,7 +226,7 @@ def test_python_objects_are_refused_and_not_run(tmp_path, monkeypatch, save):
         ("folder.pt", "cannot read weights .*folder.pt: Is a directory"),
         ("text.pt", "no PyTorch checkpoint"),
         ("text.safetensors", "no safetensors file"),
-        ("weights.h5", r"weights.h5: expected a file ending in .pt, .pth, .th, .bin or .safetensors"),
+        ("weights.h5", r"weights.h5: expected a file ending in .pt, .pth, .th, .bin, .tar or .safetensors"),
         ("number.pt", "hold no state dict.*found int"),
         ("numbered.pt", "hold no state dict.*found 0"),
         ("report.pt", "hold no state dict.*found epoch, loss"),

@@ -37,6 +37,10 @@ def test_a_bar_with_the_time_left_on_a_terminal():
     assert "/8" in seen
 
 
+def test_a_bar_while_the_first_item_takes_long():
+    assert "working" in on_a_terminal(SLOW.replace("range(8)", "range(1)").replace("0.3", "1.5"))
+
+
 def test_no_bar_for_quick_work():
     assert on_a_terminal(SLOW.replace("0.3", "0.01")) == ""
 

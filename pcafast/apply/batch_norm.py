@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pcafast.errors import ArgumentError
-from pcafast.modes import evaluating
+from pcafast.errors import ArgumentError, PcafastError
+from pcafast.modes import device_of, evaluating
 
 
 def reestimate_batch_norm(
@@ -16,9 +16,10 @@ def reestimate_batch_norm(
 ) -> None:
     """Move the running mean and variance of every batch norm, in place, towards the averages over the given batches.
 
-    Each batch counts once, whatever its size, and sees its own statistics, as in training; everything else runs as in
-    evaluation. Training flags and momenta are as before afterwards; so are the statistics of a batch norm that no
-    batch reached, and all of them if a forward fails.
+    Each batch counts once, whatever its size, and sees its own statistics, as in training; one of a single example,
+    which has none, is left out. Everything else runs as in evaluation. Training flags, momenta and counts of batches
+    are as before afterwards; so are the statistics of a batch norm that no batch reached, and all of them if a forward
+    fails.
 
     After a low-rank factorisation, halfway keeps more accuracy than either the old statistics, which overrate what is
     left of the signal, or the new ones, which raise its errors to the size that the signal had.
@@ -29,7 +30,8 @@ def reestimate_batch_norm(
         new_share: how far to go, in (0, 1]; 1 forgets the old statistics.
 
     Raises:
-        ArgumentError: there is no batch, or the share is out of range.
+        ArgumentError: there is no batch of two examples or more, or the share is out of range.
+        PcafastError: the batches hold NaN or infinities, or the model makes some of them.
     """
     if not 0 < new_share <= 1:
         raise ArgumentError(f"new_share: expected a number in (0, 1], got {new_share}.")
@@ -44,7 +46,11 @@ def reestimate_batch_norm(
                 norm.momentum = None  # a cumulative average
                 norm.train()
             if _run(model, batches) == 0:
-                raise ArgumentError("batches: expected at least one to measure the batch norms on, got none.")
+                raise ArgumentError(
+                    "batches: expected at least one, of two examples or more, to measure the batch norms on, got none."
+                )
+        if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
+            raise PcafastError("Batch norms see NaN or infinities in these batches, so they are left as they were.")
         done = True
     finally:
         for norm, momentum, state in zip(norms, momenta, old, strict=True):
@@ -52,16 +58,20 @@ def reestimate_batch_norm(
             if not done or norm.num_batches_tracked == 0:
                 norm.load_state_dict(state)
             else:
-                for name in ("running_mean", "running_var"):
-                    new = getattr(norm, name)
-                    new.copy_(torch.lerp(state[name], new, new_share))
+                for name, new in norm.named_buffers():
+                    counts = name == "num_batches_tracked"
+                    new.copy_(state[name] if counts else torch.lerp(state[name], new, new_share))
 
 
 @torch.no_grad()
 def _run(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    count = 0
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
-        inputs = batch if isinstance(batch, Tensor) else batch[0]
-        model(inputs.to(device))
+    """How many batches the model was run on."""
+    device, count = device_of(model), 0
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, Sequence) and batch else batch
+        if not isinstance(inputs, Tensor):
+            raise ArgumentError(f"batches: expected tensors, or sequences that start with one, got {type(batch)}.")
+        if len(inputs) > 1:
+            model(inputs.to(device))
+            count += 1
     return count

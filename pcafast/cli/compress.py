@@ -1,8 +1,7 @@
 """``pcafast compress``: make a smaller model."""
 
-import shlex
-import sys
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from pcafast.apply import reestimate_batch_norm
 from pcafast.cli import options
-from pcafast.cli.doctor import environment
+from pcafast.cli.doctor import command_line, environment
 from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
 from pcafast.data import loader, open_dataset
 from pcafast.errors import ArgumentError
@@ -60,6 +59,8 @@ def command(
     share = Budget.parse(budget) if budget else None
     if (share is None) + (ratio is None) + (energy is None) != 2:
         raise ArgumentError("expected exactly one of --budget, --ratio and --energy, such as --budget macs=0.5")
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"--out: expected a folder, and {out} is a file")
     network = options.build_model(model, weights, None, num_classes, device)
     test = open_dataset(data, "test", image_size=image_size)
     train = open_dataset(data, "train", image_size=image_size)
@@ -69,10 +70,13 @@ def command(
         return evaluate(candidate, track(loader(test, batch_size=batch_size), f"evaluating {what}"))
 
     images_to_time, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
-    before = judge(network, "the model")
     stats = calibrate(network, track(batches, "collecting"), layers=layers, covariance=Covariance())
     example = images_to_time[:1].to(options.choose_device(device))
     plan = plan_low_rank(network, stats["covariance"], budget=share, ratio=ratio, energy=energy, example_input=example)
+    if not plan.actions:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:10])
+        raise ArgumentError(f"none of the layers can be made cheaper ({reasons})")
+    before = judge(network, "the model")
     small = plan.apply(network)
     if reestimate:
         reestimate_batch_norm(small, track(batches, "re-estimating batch norms"))
@@ -81,11 +85,13 @@ def command(
     rows = {"before": (before, costs[0]), "after": (after, costs[1])}
 
     report = {
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "environment": environment(),
         "data": {"train": train.name, "test": test.name, "images": min(images, len(train))},
-        **{name: as_report(*row, LATENCY_BATCH) for name, row in rows.items()},
+        **{name: as_report(*row) for name, row in rows.items()},
     }
     save(small, plan, out, report)
-    console.print(comparison(rows, LATENCY_BATCH))
-    console.print(f"{len(plan.actions)} layers factorised, {len(plan.skipped)} left alone; written to {out}")
+    console.print(comparison(rows))
+    console.print(f"{len(plan.actions)} layers factorised; written to {out}")
+    for reason, names in groupby(sorted(plan.skipped, key=plan.skipped.__getitem__), key=plan.skipped.__getitem__):
+        console.print(f"left alone, since {reason}: {', '.join(names)}", highlight=False)

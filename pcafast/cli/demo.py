@@ -7,7 +7,7 @@ import torch
 import typer
 from torch import nn
 
-from pcafast.cli.doctor import environment
+from pcafast.cli.doctor import command_line, environment
 from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
 from pcafast.collect import collect
 from pcafast.data import loader, open_dataset
@@ -25,7 +25,7 @@ BATCH_SIZE = 64
 
 def command(
     out: Annotated[Path, typer.Option(help="The folder to write the result to.")] = Path("pcafast-demo"),
-    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the images.")] = 0,
 ) -> None:
     """Train a small network on digits, collect statistics while it trains, and compress it to half its MACs."""
     torch.manual_seed(seed)
@@ -56,13 +56,13 @@ def command(
     before, after = measure(model, small, batch=example)
     rows = {"trained": (trained, before), "PCA, half MACs": (compressed, after), "retrained": (retrained, after)}
     report = {
-        "command": "pcafast demo",
+        "command": command_line(),
         "environment": environment(),
-        **{name: as_report(*row, LATENCY_BATCH) for name, row in rows.items()},
+        **{name: as_report(*row) for name, row in rows.items()},
     }
     save(small, plan, out, report)
     stats.save(out / "statistics.safetensors")
-    console.print(comparison(rows, LATENCY_BATCH))
+    console.print(comparison(rows))
     console.print(
         f"The result is in {out}, and so are the statistics. In Python: "
         f'pcafast.load(pcafast.models.build("digits_cnn"), "{out}")',

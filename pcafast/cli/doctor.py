@@ -1,6 +1,7 @@
 """``pcafast doctor``: what is installed, what is active, and why."""
 
 import platform
+import shlex
 import sys
 from importlib import metadata
 from typing import Any
@@ -25,6 +26,11 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "native": native.MISSING is None,
     }
+
+
+def command_line() -> str:
+    """The command that is running, as reports record it."""
+    return shlex.join(["pcafast", *sys.argv[1:]])
 
 
 def command() -> None:

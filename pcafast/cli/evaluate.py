@@ -30,5 +30,5 @@ def command(
     evaluation = evaluate(network, track(loader(dataset, batch_size=batch_size), "evaluating"))
     batch, _ = next(iter(loader(dataset, batch_size=LATENCY_BATCH)))
     (costs,) = measure(network, batch=batch)
-    console.print(comparison({model: (evaluation, costs)}, len(batch)))
+    console.print(comparison({model: (evaluation, costs)}))
     console.print(f"{evaluation.correct} of {evaluation.images} test images of {dataset.name} are right.")

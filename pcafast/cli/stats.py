@@ -50,7 +50,7 @@ def command(
     device: options.Device = None,
 ) -> None:
     """Collect statistics over training images, in one pass, and write them to a file."""
-    chosen = {name: _kind(name)() for name in statistics.split(",")}
+    chosen = {name: _kind(name)() for name in map(str.strip, statistics.split(","))}
     network = options.build_model(model, weights, None, num_classes, device)
     dataset = open_dataset(data, "train", image_size=image_size)
     batches = options.training_batches(dataset, images, batch_size, seed)

@@ -11,13 +11,13 @@ LATENCY_BATCH = 64
 """Images in the batch whose latency is measured."""
 
 
-def comparison(rows: dict[str, tuple[Evaluation, Costs]], batch_size: int) -> Table:
+def comparison(rows: dict[str, tuple[Evaluation, Costs]]) -> Table:
     """Accuracy and costs of a model, one row for each of its states; ratios are to the first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for title in ("accuracy", "params", "MACs", f"latency of {batch_size}"):
-        table.add_column(title, justify="right")
     first = next(iter(rows.values()))[1]
+    for title in ("accuracy", "params", "MACs", f"latency of {first.batch_size}"):
+        table.add_column(title, justify="right")
     for name, (evaluation, costs) in rows.items():
         table.add_row(
             name,
@@ -29,7 +29,7 @@ def comparison(rows: dict[str, tuple[Evaluation, Costs]], batch_size: int) -> Ta
     return table
 
 
-def as_report(evaluation: Evaluation, costs: Costs, batch_size: int) -> dict[str, float]:
+def as_report(evaluation: Evaluation, costs: Costs) -> dict[str, float]:
     """The same as plain data."""
     return {
         "accuracy": evaluation.accuracy,
@@ -39,5 +39,5 @@ def as_report(evaluation: Evaluation, costs: Costs, batch_size: int) -> dict[str
         "params": costs.params,
         "macs": costs.macs,
         "latency_seconds": costs.seconds,
-        "latency_batch_size": batch_size,
+        "latency_batch_size": costs.batch_size,
     }

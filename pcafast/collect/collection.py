@@ -142,7 +142,8 @@ def _for_layers(name: str, template: Statistic, layers: Mapping[str, nn.Module])
         statistics[layer].layer = layer
     if not statistics:
         raise ArgumentError(
-            f"{name}: none of the chosen layers ({', '.join(layers)}) can have a {type(template).__name__}"
+            f"{name}: none of the chosen layers ({', '.join(layers)}) can have a {type(template).__name__}. "
+            "Choose other layers, or leave this statistic out."
         )
     return statistics
 

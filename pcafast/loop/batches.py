@@ -4,13 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from pcafast.errors import ArgumentError, PcafastError
+from pcafast.modes import device_of
 
 Batch = tuple[Tensor, Tensor]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def class_scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

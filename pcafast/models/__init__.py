@@ -92,7 +92,10 @@ def _from_callable(place: str, name: str, options: dict[str, int]) -> nn.Module:
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in options.items()) or "no arguments"
         raise ArgumentError(f"model {spec!r} cannot be called with {given}: {error}.") from error
-    model = function(**options)
+    try:
+        model = function(**options)
+    except Exception as error:
+        raise ArgumentError(f"model {spec!r} failed: {type(error).__name__}: {error}.") from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"model {spec!r} must return a torch.nn.Module, got {type(model).__name__}; "
@@ -113,10 +116,10 @@ def _imported(place: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(place)
-    except ImportError as error:
+    except Exception as error:
         raise ArgumentError(
-            f"the model's module {place!r} cannot be imported: {error}. It must be installed or lie in the "
-            f"current directory, {here}; the built-in models are {', '.join(available())}."
+            f"the model's module {place!r} cannot be imported: {type(error).__name__}: {error}. It must be installed "
+            f"or lie in the current directory, {here}; the built-in models are {', '.join(available())}."
         ) from error
 
 

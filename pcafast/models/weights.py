@@ -14,7 +14,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from pcafast.errors import ArgumentError, FileError
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
+_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".tar")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

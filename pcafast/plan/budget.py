@@ -18,6 +18,8 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.macs is None) == (self.params is None):
             raise ArgumentError(f"budget: expected exactly one of macs and params, got {self!r}.")
+        if not isinstance(self.share, int | float):
+            raise ArgumentError(f"budget: expected a number for {self.quantity}, got {self.share!r}.")
         if not 0 < self.share <= 1:
             raise ArgumentError(f"budget: expected a share in (0, 1] of the model's {self.quantity}, got {self}.")
 

@@ -132,4 +132,6 @@ def _obstacle(module: nn.Module, names: int, owners: Counter[int], bypassed: boo
         return "it shares its weight or bias with another layer"
     if bypassed:
         return "its parent uses its weight directly"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which would be lost"
     return None

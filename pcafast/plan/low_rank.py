@@ -47,11 +47,21 @@ def plan_low_rank(
     asked = _asked(budget, ratio, energy)
     if budget is not None and budget.macs is not None and example_input is None:
         raise ArgumentError("example_input: expected an input to count the MACs of a budget on, got None.")
+    if all(isinstance(value, Mapping) for value in statistics.values()) and statistics:
+        raise ArgumentError(
+            "statistics: expected those of layers by name, such as stats['covariance'], got a whole collection of "
+            f"{', '.join(map(repr, statistics))}."
+        )
     traced = None if example_input is None else trace(model, example_input)
     candidates, skipped = find_candidates(model, statistics, traced)
+    if budget is not None and budget.share < 1 and not candidates:
+        reasons = "; ".join(f"{name}: {skipped[name]}" for name in list(statistics)[:10])
+        raise ArgumentError(f"budget: {budget} cannot be met, since none of the layers can be factorised ({reasons}).")
     whole = {"params": sum(parameter.numel() for parameter in model.parameters())}
     if traced is not None:
         whole["macs"] = traced.macs
+        if not traced.macs:
+            raise ArgumentError("example_input: expected one that the model multiplies anything for, got an empty one.")
     if budget is not None:
         ranks = _ranks_within(budget, whole[budget.quantity], candidates)
     elif ratio is not None:
@@ -74,14 +84,16 @@ def plan_low_rank(
 
 def _asked(budget: Budget | None, ratio: float | None, energy: float | None) -> dict[str, Any]:
     options = {"ratio": ratio, "energy": energy}
+    if budget is not None and not isinstance(budget, Budget):
+        raise ArgumentError(f"budget: expected a pcafast.Budget such as Budget(macs=0.5), got {budget!r}.")
     if budget is not None:
         options[budget.quantity] = budget.share
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         raise ArgumentError(f"expected exactly one of budget, ratio and energy, got {', '.join(given) or 'none'}.")
     for name, value in given.items():
-        if not 0 < value <= 1:
-            raise ArgumentError(f"{name}: expected a share in (0, 1], got {value}.")
+        if not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ArgumentError(f"{name}: expected a share in (0, 1], got {value!r}.")
     return {"method": "low_rank", **given}
 
 

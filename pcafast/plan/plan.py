@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from pcafast.errors import PcafastError
+from pcafast.errors import ArgumentError, PcafastError
 from pcafast.plan.actions import Action
 from pcafast.plan.document import Content, check_fingerprint, fingerprint, read_content, to_json, write_together
 
@@ -80,6 +80,8 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, and its tensors into a .safetensors file of the same name beside it."""
         path = Path(path)
+        if path.suffix == ".safetensors":
+            raise ArgumentError(f"path: expected one ending in .json, since the tensors go beside it, got {path}.")
         contents, files = {}, {}
         if self.tensors is not None:
             beside = path.with_suffix(".safetensors")
