@@ -116,7 +116,7 @@ class Hooks:
         if isinstance(statistic, Taylor):
             kept = KeptActivation(statistic.layer, activation)
             self._values.add(SwapForRelu(activation, kept, self._values))
-            take = lambda gradient: statistic.update(kept.take(), gradient, batch_size=batch_size)  # noqa: E731
+            take = partial(_update_taylor, statistic, kept, batch_size)
         else:
             assert isinstance(statistic, GradientCovariance)
             weight = self._weight(statistic, activation)
@@ -176,6 +176,10 @@ def _ancestors(layer: str) -> list[str]:
     """The names of the modules around a layer, the model itself ("") included."""
     parts = layer.split(".") if layer else []
     return [".".join(parts[:count]) for count in range(max(len(parts), 1))]
+
+
+def _update_taylor(statistic: Taylor, kept: KeptActivation, batch_size: int | None, gradient: Tensor) -> None:
+    statistic.update(kept.take(), gradient, batch_size=batch_size)
 
 
 def _in_backward() -> bool:
