@@ -20,6 +20,7 @@ from pcafast.plan.layers import (
     obstacles,
 )
 from pcafast.plan.trace import Trace
+from pcafast.progress import track
 from pcafast.statistics import Covariance, Statistic
 
 
@@ -59,7 +60,7 @@ def find_candidates(
     for name, consumer in consumers.items():
         skipped[consumer] = f"it takes in the second factor of {name!r}, if that gets one"
     found = []
-    for name in [name for name in moments if name not in skipped]:
+    for name in track([name for name in moments if name not in skipped], "principal components"):
         layer = Layer(
             name,
             layers[name],
