@@ -18,13 +18,17 @@ def comparison(rows: dict[str, tuple[Evaluation, Costs]]) -> Table:
     first = next(iter(rows.values()))[1]
     for title in ("accuracy", "params", "MACs", f"latency of {first.batch_size}"):
         table.add_column(title, justify="right")
+
+    def share(value: float, of: float) -> str:
+        return f" ({value / of:.0%})" if len(rows) > 1 else ""
+
     for name, (evaluation, costs) in rows.items():
         table.add_row(
             name,
             f"{evaluation.accuracy:.2%}",
-            f"{costs.params:,} ({costs.params / first.params:.0%})",
-            f"{costs.macs:,} ({costs.macs / first.macs:.0%})",
-            f"{costs.seconds * 1000:.2f} ms ({costs.seconds / first.seconds:.0%})",
+            f"{costs.params:,}{share(costs.params, first.params)}",
+            f"{costs.macs:,}{share(costs.macs, first.macs)}",
+            f"{costs.seconds * 1000:.2f} ms{share(costs.seconds, first.seconds)}",
         )
     return table
 
