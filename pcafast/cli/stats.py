@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from torch import Tensor
 
 from pcafast.bases import principal_components
 from pcafast.cli import options
@@ -89,14 +90,14 @@ def _directions(statistic: Statistic) -> str:
     return f"{needed} of {len(variances)}"
 
 
-def _range(values: object) -> str:
-    return f"{min(values):.3g} .. {max(values):.3g}"  # type: ignore[call-overload]
+def _range(values: Tensor) -> str:
+    return f"{values.min():.3g} .. {values.max():.3g}"
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Statistic], str]]] = {
     "covariance": ("directions with 90 % of variance", _directions),
     "gradient": ("directions with 90 % of gradient variance", _directions),
-    "taylor": ("Taylor score", lambda statistic: _range(statistic.compute().tolist())),
-    "rank": ("mean rank", lambda statistic: _range(statistic.compute().tolist())),
-    "moments": ("channel mean", lambda statistic: _range(statistic.compute().mean.tolist())),
+    "taylor": ("Taylor score", lambda statistic: _range(statistic.compute())),
+    "rank": ("mean rank", lambda statistic: _range(statistic.compute())),
+    "moments": ("channel mean", lambda statistic: _range(statistic.compute().mean)),
 }

@@ -1,5 +1,6 @@
 """What every data set is to the rest of pcafast: normalised images and integer labels, batch by batch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ RGB = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = Normalisation((0.5,), (0.5,))
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     """Labelled images of one size, to be batched by `pcafast.data.loader`.
 
     Pixels are scaled to 0..1, then normalised: RGB by ImageNet's mean (0.485, 0.456, 0.406) and standard
@@ -63,9 +64,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         scaled = pixels.contiguous().float() / (1 if pixels.is_floating_point() else 255)
         return (scaled - self._mean) / self._std, self._labels[list(indices)]
 
+    @abstractmethod
     def _pixels(self, indices: Sequence[int]) -> Tensor:
         """Pixels (N, C, H, W), uint8 or float in 0..1."""
-        raise NotImplementedError
 
 
 class MemoryImages(ImageDataset):
