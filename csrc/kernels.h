@@ -35,7 +35,7 @@ struct MapView {
 //   examples += N,  positions += N * P
 // unless any of these is NaN or infinite: then the batch is left out and *skipped grows by one.
 struct TaylorArgs {
-  ChannelView activation, gradient;  // same sizes, each with its own strides and dtype
+  ChannelView activation, gradient;  // same sizes, each with its own strides; on the CPU of one dtype
   double scale;
   double* examples;
   double* positions;

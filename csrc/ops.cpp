@@ -135,8 +135,7 @@ void taylor_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& ac
                     activation.sizes(), ", got ", gradient.sizes());
   TORCH_CHECK_VALUE(gradient.device() == activation.device(), "gradient: expected it on the activation's device, ",
                     activation.device(), ", got ", gradient.device());
-  const auto common = at::promoteTypes(activation.scalar_type(), gradient.scalar_type());
-  const Channels a("activation", activation.to(common), channel_dim), g("gradient", gradient.to(common), channel_dim);
+  const Channels a("activation", activation, channel_dim), g("gradient", gradient, channel_dim);
   check_state("examples", examples, {}, activation);
   check_state("positions", positions, {}, activation);
   check_state("sums", sums, {4, a.view.channels}, activation);
@@ -156,8 +155,9 @@ void taylor_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& ac
 
 void taylor_update_cpu(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
                        Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
-  taylor_update(cpu::taylor_workspace, cpu::taylor_update, activation, gradient, channel_dim, scale, examples,
-                positions, sums, skipped);
+  const auto common = at::promoteTypes(activation.scalar_type(), gradient.scalar_type());
+  taylor_update(cpu::taylor_workspace, cpu::taylor_update, activation.to(common), gradient.to(common), channel_dim,
+                scale, examples, positions, sums, skipped);
 }
 
 void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean, Tensor& centred_squares,

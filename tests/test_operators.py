@@ -78,6 +78,14 @@ def test_taylor_is_that_of_the_reference(shape, dim, layout, dtype, device):
     assert_close(found, expected, torch.float32 if device.type == "cuda" else torch.float64)
 
 
+def test_taylor_of_an_activation_and_a_gradient_of_different_dtypes(device):
+    activation, gradient = torch.randn(3, 5, 9, device=device).bfloat16(), torch.randn(3, 5, 9, device=device)
+    found, expected = taylor_state(5, device), taylor_state(5, device)
+    OPS.taylor_update_(activation, gradient, 1, 1.0, *found)
+    reference.taylor_update_(activation, gradient, 1, 1.0, *expected)
+    assert_close(found, expected, torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "dim", "layout"), CASES)
 def test_channel_moments_are_those_of_the_reference(shape, dim, layout, dtype, device):
