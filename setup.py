@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def with_cuda(nvcc: Path | None) -> tuple[bool, str]:
 def native_extension(nvcc: Path | None, cuda: bool) -> cpp_extension.CppExtension:
     """The extension module pcafast._C."""
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    cxx = ["-O3", "-Wall", "-Wno-psabi", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno"]
+    cxx = ["-O3", "-Wall", "-Wno-psabi", "-fvisibility=hidden", "-fno-math-errno"]
+    if sys.platform == "linux":  # as torch itself is built there, whose at::parallel_for is made of macros
+        cxx.append("-fopenmp")
     if not cuda:
         return cpp_extension.CppExtension("pcafast._C", sources, extra_compile_args={"cxx": cxx})
 

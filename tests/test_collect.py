@@ -356,9 +356,9 @@ def test_copies_of_the_model_made_inside_the_block_have_no_hooks(tmp_path):
 
 def test_a_block_in_which_nothing_happens_warns():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.warns(pcafast.PcafastWarning, match="c: no forward called any of its layers"):  # noqa: SIM117
-        with pcafast.collect(model, c=Covariance()):
-            torch.compile(model, backend="eager")
+    warning = pytest.warns(pcafast.PcafastWarning, match="c: no forward called any of its layers")
+    with warning, pcafast.collect(model, c=Covariance()):
+        torch.compile(model, backend="eager")
 
 
 def test_collections_of_other_layers_do_not_merge():

@@ -59,7 +59,8 @@ class Hooks:
         hooks, self._open = self._open, None
         try:
             if error is None:
-                self._values.end()
+                with torch._C.DisableTorchFunction():
+                    self._values.end()
         finally:
             self._values.clear()
             hooks.close()

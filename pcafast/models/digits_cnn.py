@@ -17,7 +17,7 @@ class DigitsCNN(nn.Module):
         self.bn3 = nn.BatchNorm2d(64)
         self.linear = nn.Linear(64, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
         x = F.relu(self.bn3(self.conv3(x)))

@@ -16,7 +16,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(torch.tanh(self.conv1(x)), 2)
         x = F.max_pool2d(torch.tanh(self.conv2(x)), 2)
         x = torch.tanh(self.fc1(x.flatten(1)))
