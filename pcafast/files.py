@@ -19,9 +19,11 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         writers: for each target path, the function that writes the content to the path it is handed.
 
     Raises:
-        FileError: the disk is full or the place not writable; the targets are as they were.
+        FileError: the disk is full or the place not writable. The targets are as they were, unless it was a renaming
+            that failed, in which case the message names those that are new.
     """
     staged: dict[Path, Path] = {}
+    renamed: list[str] = []
     try:
         for path, write in writers.items():
             target = path.resolve()  # through a symbolic link, which stays one
@@ -38,11 +40,13 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         for target, temporary in staged.items():
             temporary.chmod(mode)
             temporary.replace(target)
+            renamed.append(str(target))
     except OSError as error:
         reason = error.strerror or str(error)
+        changed = f"Only {', '.join(renamed)} had been written anew" if renamed else "Nothing was changed"
         raise FileError(
             f"cannot write {', '.join(str(path) for path in writers)}: {reason}. "
-            "Nothing was changed; free some space or choose another place."
+            f"{changed}; free some space or choose another place."
         ) from error
     finally:
         for temporary in staged.values():

@@ -1,11 +1,14 @@
 """Files of statistics: what is written is read; what is damaged, foreign or of another version is refused."""
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 
 import pcafast
 from pcafast import ChannelMoments, Covariance, FeatureMapRank, Taylor
+from pcafast.files import write_atomically
 
 
 @pytest.fixture
@@ -45,6 +48,21 @@ def test_a_killed_write_leaves_the_old_file(statistics, tmp_path, monkeypatch):
         pcafast.save_statistics({"a": {}}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_renaming_that_fails_is_told(tmp_path, monkeypatch):
+    first, second, rename = tmp_path / "first", tmp_path / "second", Path.replace
+
+    def fails_for_second(self, target):
+        if target == second:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails_for_second)
+    with pytest.raises(pcafast.FileError, match=r"Input/output error. Only .*first had been written anew"):
+        write_atomically({path: lambda temporary: temporary.write_text("new") for path in (first, second)})
+    assert first.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [first]
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, 1000])
