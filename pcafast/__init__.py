@@ -1,10 +1,10 @@
 """pcafast streams the statistics that compressing a PyTorch model needs, and makes the smaller model."""
 
-from pcafast import data, functional, models
-from pcafast.apply import reestimate_batch_norm
+from pcafast import data, functional, models, scores
+from pcafast.apply import rebind_optimizer, reestimate_batch_norm
 from pcafast.collect import Collection, collect
 from pcafast.errors import ArgumentError, FileError, PcafastError, PcafastWarning
-from pcafast.plan import Budget, Plan, plan_low_rank
+from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
 from pcafast.result import load, save
 from pcafast.statistics import (
     ChannelMoments,
@@ -40,7 +40,10 @@ __all__ = [
     "load_statistics",
     "models",
     "plan_low_rank",
+    "plan_pruning",
+    "rebind_optimizer",
     "reestimate_batch_norm",
     "save",
     "save_statistics",
+    "scores",
 ]

@@ -1,7 +1,9 @@
 """The command line on real (embedded) data, and what it says to bad input."""
 
 import json
+import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -82,16 +84,53 @@ def test_stats_compress_evaluate(pcafast_command, weights):
     assert f"{report['after']['correct']} of 360 test images of digits are right" in out
 
 
-def test_compress_by_ratio_and_by_energy(pcafast_command, weights):
-    for flag in ("--ratio", "--energy"):
-        code, _, _ = pcafast_command(
-            *("compress", "digits_cnn", "--weights", weights, flag, 0.5, "--layers", "conv[23]", "--out", "out"),
-        )
-        assert code == 0
-        plan = json.loads(Path("out/plan.json").read_text())
-        assert {action["layer"] for action in plan["actions"]} == {"conv2", "conv3"}
-        assert plan["reached"]["macs"]["share"] < 0.7
-        assert pcafast.load(build("digits_cnn"), "out").bn3.running_mean.any()
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("pca", []), ("taylor", ["--round-to", 4]), ("rank", ["--scope", "layer"]), ("l1", ["--no-compensate-means"])],
+)
+def test_compress_in_steps_with_retraining(method, options, pcafast_command, weights):
+    command = [
+        *("compress", "digits_cnn", "--weights", weights, "--out", "out", "--method", method, "--budget", "macs=0.5"),
+        *("--layers", "conv[23]", "--steps", 2, "--retrain-epochs", 2, "--images", 200, "--learning-rate", 0.1),
+        *("--label-smoothing", 0.1, "--seed", 4, *options),
+    ]
+    code, out, err = pcafast_command(*command)
+    assert (code, err) == (0, "")
+    report = json.loads(Path("out/report.json").read_text())
+    assert (report["name"], report["command"]) == ("digits_cnn", shlex.join(["pcafast", *map(str, command)]))
+    assert report["data"] == {"train": "digits", "test": "digits", "images": 200, "batch_size": 128, "augment": True}
+    asked = {
+        "method": method,
+        "budget": {"macs": 0.5},
+        "steps": 2,
+        "retrain_epochs": 2,
+        "label_smoothing": 0.1,
+        "seed": 4,
+    }
+    assert asked.items() <= report["asked"].items()
+    assert f"{report['after']['accuracy']:.2%}" in out
+    assert report["after"]["accuracy"] > report["before"]["accuracy"] + 0.3
+    after = {layer["layer"]: layer["after"] for layer in report["layers"]}
+    assert after["conv1"] == 32
+    if method == "taylor":
+        assert after["conv2"] % 4 == after["conv3"] % 4 == 0
+    if method == "rank":
+        assert after["conv2"] == pytest.approx(after["conv3"], abs=6)
+    assert report["asked"].get("compensate_means") == {"pca": None, "l1": False}.get(method, True)
+    written = {path: path.read_bytes() for path in Path("out").iterdir()}
+    code, out, err = pcafast_command(*command)
+    assert (code, err.count("note: out holds the result of this very command")) == (0, 1)
+    assert f"{report['after']['accuracy']:.2%}" in out
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == written
+    assert pcafast_command("evaluate", "digits_cnn", "--compressed", "out")[0] == 0
+
+
+def test_a_run_without_weights_can_be_gone_on_with(pcafast_command):
+    """Its random weights are those of the seed."""
+    command = ("compress", "digits_cnn", "--out", "out", "--budget", "macs=0.5", "--images", 64)
+    assert pcafast_command(*command)[0] == 0
+    torch.rand(1)
+    assert "holds the result of this very command" in pcafast_command(*command)[2]
 
 
 def test_doctor(pcafast_command):
@@ -146,22 +185,27 @@ USER_MODEL = "import torch\nclass Model(torch.nn.Linear):\n    def __init__(self
         (["evaluate", "user_model:fails"], "model 'user_model:fails' failed: KeyError: 'x'"),
         (["evaluate", "broken_model:Model"], "'broken_model' cannot be imported: SyntaxError"),
         (
-            ["compress", "digits_cnn", "--out", "o", "--ratio", "0.5", "--layers", "bn1"],
-            "none of the layers can be made",
-        ),
-        (
             ["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.5", "--layers", "bn1"],
             "BatchNorm2d cannot be fac",
         ),
-        (["compress", "digits_cnn", "--out", "o", "--ratio", "7"], "ratio: expected a share in"),
+        (["compress", "digits_cnn", "--out", "o", "--budget", "macs=7"], r"expected a share in \(0, 1\]"),
+        (["compress", "digits_cnn", "--out", "{file}", "--budget", "macs=0.5"], "out: expected a folder"),
+        (["compress", "digits_cnn", "--out", "o", "--budget", "channels=0.5"], "expected a share of macs or params"),
+        (["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.5", "--round-to", "2"], "only with pruning"),
         (
-            ["compress", "digits_cnn", "--out", "{file}", "--ratio", "0.5"],
-            "--out: expected a folder",
+            ["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.0005", "--method", "l1"],
+            "budget: macs=0.0005 cannot be met by removing channels",
+        ),
+        (
+            ["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.5", "--learning-rate", "-1"],
+            "learning_rate: expected a positive number",
         ),
         (["compress", "digits_cnn", "--out", "o", "--budget", "macs=0.01"], "The nearest that can be met is macs="),
-        (["compress", "digits_cnn", "--out", "o", "--budget", "time=0.5"], "expected macs=SHARE or params=SHARE"),
-        (["compress", "digits_cnn", "--out", "o"], "expected exactly one of --budget, --ratio and --energy"),
-        (["compress", "digits_cnn", "--out", "{file}/o", "--ratio", "0.5"], "cannot write"),
+        (
+            ["compress", "digits_cnn", "--out", "o", "--budget", "time=0.5"],
+            "expected macs=SHARE or params=SHARE or channels=SHARE",
+        ),
+        (["compress", "digits_cnn", "--out", "{file}/o", "--budget", "macs=0.5"], "cannot write"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_status_2(arguments, message, pcafast_command, weights, tmp_path, monkeypatch):
@@ -189,11 +233,11 @@ def test_bad_input_is_one_paragraph_and_status_2(arguments, message, pcafast_com
 def test_a_result_is_evaluated_with_the_options_it_was_made_with(pcafast_command):
     made = ("torchvision:squeezenet1_1", "--num-classes", 10)
     code, _, _ = pcafast_command(
-        "compress", *made, "--data", "rgb.npz", "--ratio", 0.5, "--out", "small", "--images", 3
+        "compress", *made, "--data", "rgb.npz", "--budget", "macs=0.8", "--out", "small", "--images", 3
     )
     assert code == 2  # there is no such file yet
     np.savez("rgb.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
-    code, out, _ = pcafast_command("compress", *made, "--data", "rgb.npz", "--ratio", 0.5, "--out", "small")
+    code, out, _ = pcafast_command("compress", *made, "--data", "rgb.npz", "--budget", "macs=0.8", "--out", "small")
     assert (code, "left alone, since" in out) == (0, True)
     report = json.loads(Path("small/report.json").read_text())
     assert report["after"]["latency_batch_size"] == 4
@@ -217,15 +261,15 @@ def test_wrong_usage_is_status_2(pcafast_command):
 
 
 @pytest.mark.parametrize("command", ["stats", "compress"])
-def test_a_full_disk_leaves_nothing_behind(command, tmp_path, weights):
+def test_a_full_disk_leaves_nothing_half_behind(command, tmp_path, weights, pcafast_command):
     """A limit on file size, hit in the middle of writing, stands for the full disk."""
     out = tmp_path / ("s.safetensors" if command == "stats" else "small")
     arguments = [command, "digits_cnn", "--weights", weights, "--out", out, "--images", 64]
-    arguments += ["--ratio", 0.5] if command == "compress" else []
+    arguments += ["--budget", "macs=0.5"] if command == "compress" else []
     done = subprocess.run(
         [sys.executable, "-c", "from pcafast.cli import main; main()", *map(str, arguments)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        env={**__import__("os").environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -233,4 +277,8 @@ def test_a_full_disk_leaves_nothing_behind(command, tmp_path, weights):
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr
     assert "Nothing was changed" in done.stderr
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ([] if command == "stats" else ["checkpoint.safetensors"])
+    code, _, err = pcafast_command(*arguments)
+    assert code == 0
+    assert ("Going on with the run" in err) == (command == "compress")

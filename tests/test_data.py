@@ -8,8 +8,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import pad
 
 from pcafast import data
+from pcafast.data import images as images_module
+from pcafast.data.augment import random_box
 from pcafast.errors import ArgumentError, FileError
 
 RNG = np.random.default_rng(0)
@@ -350,6 +354,21 @@ def identity_set(tmp_path, count=100):
     return data.open_dataset(str(tmp_path / "set.npz"), "test")
 
 
+def colour_set(tmp_path, count, side=32):
+    """Random images, each with its index for a label."""
+    pixels = random_pixels(count, side, side, 3)
+    np.savez(tmp_path / "colour.npz", images=pixels, labels=np.arange(count))
+    return data.open_dataset(str(tmp_path / "colour.npz"), "train")
+
+
+def same_batches(batches, expected):
+    return all(
+        torch.equal(part, other)
+        for batch, wanted in zip(batches, expected, strict=True)
+        for part, other in zip(batch, wanted, strict=True)
+    )
+
+
 def test_loader_keeps_the_order_and_the_last_batch(tmp_path):
     batches = list(data.loader(identity_set(tmp_path), batch_size=30))
     assert [len(labels) for _, labels in batches] == [30, 30, 30, 10]
@@ -371,6 +390,70 @@ def test_shuffled_passes_differ_but_repeat_with_the_seed(tmp_path, images):
     assert passes(1)[0] != first
 
 
+@pytest.mark.parametrize("images", [None, 40])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_pass_can_be_had_again_in_another_process(tmp_path, images, augment):
+    dataset = colour_set(tmp_path, 100)
+
+    def fresh():
+        return data.loader(dataset, batch_size=30, shuffle=True, seed=3, images=images, augment=augment)
+
+    unbroken = fresh()
+    passes = [list(unbroken) for _ in range(4)]
+    begun = fresh()
+    next(iter(begun))  # counts as a pass, although it was not finished
+    assert same_batches(begun, passes[1])
+    resumed = fresh()
+    resumed.set_epoch(2)
+    assert same_batches(resumed, passes[2])
+    assert same_batches(resumed, passes[3])
+    resumed.set_epoch(0)
+    assert same_batches(resumed, passes[0])
+    assert len({tuple(labels_of(batches)) for batches in passes}) == 4
+
+
+def test_passes_at_once_do_not_disturb_each_other(tmp_path):
+    dataset = colour_set(tmp_path, 60)
+    batches = data.loader(dataset, batch_size=20, shuffle=True, augment=True)
+    expected = [list(batches), list(batches)]
+    batches.set_epoch(0)
+    interleaved = list(zip(batches, batches, strict=True))
+    assert same_batches([first for first, _ in interleaved], expected[0])
+    assert same_batches([second for _, second in interleaved], expected[1])
+
+
+def test_length_is_the_number_of_batches(tmp_path):
+    dataset = identity_set(tmp_path)
+    for batch_size, images in ((30, None), (25, None), (1, 7), (200, 100)):
+        batches = data.loader(dataset, batch_size=batch_size, images=images)
+        assert len(batches) == len(list(batches))
+
+
+def test_batches_lie_on_the_device(tmp_path, device, monkeypatch):
+    datasets = [colour_set(tmp_path, 64), data.open_dataset("digits", "test")]
+    write_images(tmp_path / "tree" / "a", random_pixels(4, 20, 30, 3))
+    datasets.append(data.open_dataset(str(tmp_path / "tree"), "train", image_size=16))
+    for limit in (images_module._KEPT_ON_DEVICE, 0):
+        monkeypatch.setattr(images_module, "_KEPT_ON_DEVICE", limit)
+        for dataset in datasets:
+            for augment in (False, True):
+                there = list(data.loader(dataset, batch_size=3, shuffle=True, augment=augment, device=device))
+                assert {part.device.type for batch in there for part in batch} == {device.type}
+                here = data.loader(dataset, batch_size=3, shuffle=True, augment=augment)
+                # The same pixels; a device may round otherwise when they are normalised.
+                for batch, (images, labels) in zip(there, here, strict=True):
+                    torch.testing.assert_close(batch[0].cpu(), images, rtol=1e-6, atol=1e-6)
+                    assert torch.equal(batch[1].cpu(), labels)
+
+
+def test_a_data_set_stays_where_it_was_when_a_loader_moves_it(tmp_path):
+    dataset = colour_set(tmp_path, 4)
+    moved = dataset.to(torch.device("meta"))
+    assert next(iter(data.loader(dataset, batch_size=4)))[0].device.type == "cpu"
+    for augment in (None, torch.Generator()):
+        assert {part.device.type for part in moved.batch(torch.arange(4), augment)} == {"meta"}
+
+
 def test_a_subset_is_drawn_at_random_once(tmp_path):
     dataset = identity_set(tmp_path)
     drawn = labels_of(data.loader(dataset, batch_size=7, images=40))
@@ -389,7 +472,9 @@ def test_images_stay_with_their_labels(tmp_path):
 
 def test_loader_leaves_torchs_generator_alone(tmp_path):
     before = torch.get_rng_state()
-    list(data.loader(identity_set(tmp_path), batch_size=30, shuffle=True, images=40))
+    list(data.loader(colour_set(tmp_path, 50), batch_size=30, shuffle=True, images=40, augment=True))
+    write_images(tmp_path / "tree" / "a", random_pixels(2, 20, 30, 3))
+    list(data.loader(data.open_dataset(str(tmp_path / "tree"), "train"), batch_size=2, augment=True))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -397,6 +482,8 @@ def test_loader_leaves_torchs_generator_alone(tmp_path):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 8, "seed": -1}, r"seed must lie in 0\.\.2\*\*64 - 1, got -1"),
+        ({"batch_size": 8, "seed": 2**64}, r"seed must lie in 0\.\.2\*\*64 - 1, got 18446744073709551616"),
         ({"batch_size": 8, "images": 0}, r"images must lie in 1\.\.360, the size of digits, got 0"),
         ({"batch_size": 8, "images": 361}, r"images must lie in 1\.\.360, the size of digits, got 361"),
     ],
@@ -404,3 +491,119 @@ def test_loader_leaves_torchs_generator_alone(tmp_path):
 def test_loader_arguments(options, message):
     with pytest.raises(ArgumentError, match=message):
         data.loader(data.open_dataset("digits", "test"), **options)
+
+
+def test_epochs_count_from_zero():
+    batches = data.loader(data.open_dataset("digits", "test"), batch_size=8)
+    with pytest.raises(ArgumentError, match="epoch must be at least 0, got -1"):
+        batches.set_epoch(-1)
+
+
+# Augmentation
+
+
+def placements(dataset, pixels, margins, copies):
+    """For each augmented copy of each image, which crop of its padded pixels it is: (image, top, left, mirrored).
+
+    The crops are torchvision's, of the raw pixels, normalised by the data set itself.
+    """
+    height, width = dataset.shape[1:]
+    candidates = {}
+    for index, image in enumerate(pixels):
+        padded = pad(torch.from_numpy(image).permute(2, 0, 1), [margins[1], margins[0]])
+        for top in range(2 * margins[0] + 1):
+            for left in range(2 * margins[1] + 1):
+                crop = padded[:, top : top + height, left : left + width]
+                candidates[crop.numpy().tobytes()] = (index, top, left, False)
+                candidates[crop.flip(2).numpy().tobytes()] = (index, top, left, True)
+    batches = data.loader(dataset, batch_size=7, shuffle=True, augment=True)
+    found = []
+    for _ in range(copies):
+        for images, labels in batches:
+            assert images.dtype == torch.float32
+            assert images.is_contiguous()
+            raw = ((images * dataset._std + dataset._mean) * 255).round().to(torch.uint8)
+            found += [candidates[image.numpy().tobytes()] for image in raw]
+            assert [place[0] for place in found[-len(labels) :]] == labels.tolist()
+    return found
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float"])
+def test_colour_images_are_shifted_by_an_eighth_and_mirrored(tmp_path, stored):
+    pixels = random_pixels(20, 32, 24, 3)
+    images = pixels if stored == "uint8" else pixels / 255
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(20))
+    dataset = data.open_dataset(str(tmp_path / "set.npz"), "train")
+    found = placements(dataset, pixels, margins=(4, 3), copies=100)
+    for part, values in ((1, 9), (2, 7), (3, 2)):
+        counts = np.bincount([place[part] for place in found], minlength=values)
+        # Each within five standard deviations of what is even.
+        assert np.abs(counts - 2000 / values).max() < 5 * np.sqrt(2000 / values)
+    # The four are drawn independently of one another.
+    assert np.abs(np.triu(np.corrcoef(np.array(found, dtype=float).T), 1)).max() < 5 / np.sqrt(2000)
+
+
+@pytest.mark.parametrize(("side", "margin"), [(28, 3), (8, 1), (4, 1)])
+def test_grey_images_are_shifted_but_not_mirrored(tmp_path, side, margin):
+    pixels = random_pixels(20, side, side, 1)
+    np.savez(tmp_path / "set.npz", images=pixels[..., 0], labels=np.arange(20))
+    dataset = data.open_dataset(str(tmp_path / "set.npz"), "train")
+    found = placements(dataset, pixels, (margin, margin), copies=20)
+    assert {place[1] for place in found} == {place[2] for place in found} == set(range(2 * margin + 1))
+    assert not any(place[3] for place in found)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (64, 64), (40, 31)])
+def test_random_boxes_are_distributed_as_torchvisions(height, width):
+    generator = torch.Generator().manual_seed(0)
+    ours = np.array([random_box(height, width, generator) for _ in range(3000)], dtype=float)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)], dtype=float
+    )
+    for box in (ours, theirs):
+        assert (box[:, :2] >= 0).all()
+        assert (box[:, :2] + box[:, 2:] <= (height, width)).all()
+
+    def quantities(boxes):
+        top, left, rows, columns = boxes.T
+        return rows * columns / (height * width), np.log(columns / rows), top / height, left / width
+
+    for our, their in zip(quantities(ours), quantities(theirs), strict=True):
+        # Kolmogorov-Smirnov at 1 in 100,000.
+        grid = np.unique(np.concatenate([our, their]))
+        gap = np.searchsorted(np.sort(our), grid, "right") - np.searchsorted(np.sort(their), grid, "right")
+        assert np.abs(gap).max() / 3000 < np.sqrt(-np.log(1e-5 / 2) / 2 * 2 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(1000, 12, (492, 0, 16, 12)), (12, 1000, (0, 492, 12, 16)), (1, 1, (0, 0, 1, 1)), (1, 900, (0, 449, 1, 1))],
+)
+def test_random_box_of_a_long_image_is_its_middle(height, width, box):
+    # No crop that is allowed has 8 % of such an area, except by rounding.
+    assert random_box(height, width, torch.Generator().manual_seed(0)) == box
+
+
+def test_image_files_are_cropped_resized_and_mirrored(tmp_path):
+    """The colours of a slope tell where the crop was: red rises to the right, green downwards."""
+    rows, columns = np.mgrid[0:100, 0:120].astype(np.uint8)
+    write_images(tmp_path / "a", [np.stack([2 * columns, 2 * rows, 0 * rows], 2)])
+    dataset = data.open_dataset(str(tmp_path), "train", image_size=16)
+    batches = data.loader(dataset, batch_size=1, augment=True)
+    images = torch.cat([images for _ in range(300) for images, _ in batches])
+    assert images.shape == (300, 3, 16, 16)
+    red, green, blue = ((images * dataset._std + dataset._mean) * 255).round().unbind(1)
+    assert (blue == 0).all()
+    mirrored = red[:, 8, 0] > red[:, 8, 15]
+    assert 0.35 < mirrored.float().mean() < 0.65
+    steps_right = (red[:, 8, 12] - red[:, 8, 4]).abs() / 2 / 8  # pixels of the file per pixel
+    steps_down = (green[:, 12, 8] - green[:, 4, 8]) / 2 / 8
+    shares = (16 * steps_right) * (16 * steps_down) / (100 * 120)
+    assert 0.07 < shares.min() < 0.15
+    assert 0.85 < shares.max() < 1.05
+    sides = steps_right / steps_down
+    assert 0.70 < sides.min() < 0.85
+    assert 1.2 < sides.max() < 1.43
+    again = data.loader(dataset, batch_size=1, augment=True)
+    assert torch.equal(next(iter(again))[0][0], images[0])

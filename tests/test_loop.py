@@ -1,5 +1,8 @@
 """Training, evaluating, calibrating and measuring against what is known beforehand."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +54,62 @@ def test_the_trainer_leaves_frozen_parameters_alone():
     Trainer(model, 1).epoch(labelled(8))
     same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert same == [True, True, False, False]
+
+
+def test_the_trainer_steps_as_sgd_does():
+    """By torch's own optimizer, with the schedule worked out by hand: rising for a tenth, then falling as a cosine."""
+    mine = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    theirs, batches = copy.deepcopy(mine).train(), labelled(*[8] * 20)
+    trainer = Trainer(mine, 20, learning_rate=0.3, weight_decay=0.1, label_smoothing=0.2)
+    losses = [trainer.epoch(batches[:10]), trainer.epoch(batches[10:])]
+    flat, weights = ([one for one in theirs.parameters() if (one.ndim == 1) == wanted] for wanted in (True, False))
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": flat}]
+    optimizer = torch.optim.SGD(groups, 0.3, momentum=0.9, nesterov=True)
+    expected = []
+    for number, (inputs, labels) in enumerate(batches):
+        rate = 0.15 * (number + 1) if number < 2 else 0.15 * (1 + math.cos(math.pi * (number - 1) / 19))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = nn.functional.cross_entropy(theirs(inputs), labels, label_smoothing=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    assert losses == pytest.approx([sum(expected[:10]) / 10, sum(expected[10:]) / 10], rel=1e-6)
+    for ours, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_the_trainer_goes_on_from_its_state():
+    batches = labelled(8, 8, 8, 8)
+    whole = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    whole[0].bias.requires_grad_(False)
+    fresh = copy.deepcopy(whole)
+    trainer = Trainer(whole, 8)
+    trainer.epoch(batches)
+    state, weights = copy.deepcopy(trainer.state_dict()), copy.deepcopy(whole.state_dict())
+    trainer.epoch(batches)
+    fresh.load_state_dict(weights)
+    resumed = Trainer(fresh, 8)
+    resumed.load_state_dict(state)
+    resumed.epoch(batches)
+    assert all(a.equal(b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
+    assert set(state) == {"steps", *(f"momentum.{name}" for name, _ in whole.named_parameters() if name != "0.bias")}
+
+
+def test_the_trainer_says_that_it_diverged():
+    model = nn.Linear(4, 3)
+    with pytest.raises(pcafast.PcafastError, match=r"loss became nan after 1 steps at .* 0.25. Train with a lower"):
+        Trainer(model, 2, learning_rate=0.25).epoch(
+            [*labelled(4), (torch.full((2, 4), math.nan), torch.tensor([0, 1]))]
+        )
+
+
+def test_the_trainer_keeps_modes():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval()
+    model[1].train()
+    Trainer(model, 1).epoch(labelled(2))
+    assert (model.training, model[0].training, model[1].training) == (False, False, True)
 
 
 def test_measure_counts_by_hand():
@@ -110,6 +169,22 @@ def test_a_model_without_gradients_cannot_be_calibrated_for_taylor():
         calibrate(model, labelled(5), taylor=pcafast.Taylor())
 
 
-def test_no_steps_are_refused():
-    with pytest.raises(pcafast.ArgumentError, match="steps: expected at least one batch"):
-        Trainer(nn.Linear(2, 2), 0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least one batch"),
+        ({"learning_rate": 0}, "learning_rate: expected a positive number, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate: expected a positive number, got nan"),
+        ({"weight_decay": -1}, "weight_decay: expected a number from 0 on, got -1"),
+        ({"label_smoothing": 1}, r"label_smoothing: expected a share in \[0, 1\), got 1"),
+        ({"model": nn.Linear(2, 2).requires_grad_(False)}, "model: expected parameters to train"),
+    ],
+)
+def test_a_trainer_of_nothing_or_with_wrong_numbers_is_refused(settings, message):
+    with pytest.raises(pcafast.ArgumentError, match=message):
+        Trainer(**{"model": nn.Linear(2, 2), "steps": 1, **settings})
+
+
+def test_a_trainer_without_batches():
+    with pytest.raises(pcafast.ArgumentError, match="batches: expected at least one batch to train on"):
+        Trainer(nn.Linear(4, 3), 1).epoch([])

@@ -1,4 +1,5 @@
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pcafast import data, models
 from pcafast.errors import ArgumentError, FileError
@@ -34,13 +36,101 @@ def test_cifar_resnets_have_the_published_depth_and_size(depth, millions):
     assert size == pytest.approx(millions, abs=0.03 if depth == 110 else 0.005)
 
 
-def test_cifar_resnet_shortcut_is_a_strided_slice_between_zero_channels():
+def costs(name, size):
+    """MACs and parameters, without ever making the weights."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = models.build(name).eval()
+        model(torch.zeros(1, 3, size, size))
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()), layers
+
+
+@pytest.mark.parametrize(
+    ("name", "mega_macs", "mega_params"),
+    [
+        ("vgg16", 313.73, 14.98),
+        ("vgg16_bn", 313.73, 14.98),
+        ("resnet56", 125.49, 0.85),
+        ("resnet110", 252.89, 1.72),
+        ("densenet40", 282.92, 1.04),
+        ("googlenet", 1520, 6.15),
+    ],
+)
+def test_networks_of_hrank_have_its_published_costs(name, mega_macs, mega_params):
+    """Lin et al. 2020, arXiv 2002.10179, tables 1 to 4, to the last digit.
+
+    As counted there: additions too in linear layers; parameters of convolutions and linear layers, each with biases.
+    """
+    macs, _, layers = costs(name, 32)
+    macs += sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    assert macs / 1e6 == pytest.approx(mega_macs, abs=5 if mega_macs > 1000 else 0.005)
+    params = sum(layer.weight.numel() + len(layer.weight) for layer in layers)
+    assert params / 1e6 == pytest.approx(mega_params, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "giga_macs", "params"),
+    [("resnet50", 4.09, 25_557_032), ("vgg16", 15.47, 138_357_544), ("vgg16_bn", 15.47, 138_365_992)],
+)
+def test_torchvision_networks_have_their_published_costs(name, giga_macs, params):
+    macs, built, _ = costs(f"torchvision:{name}", 224)
+    assert macs / 1e9 == pytest.approx(giga_macs, abs=0.005)
+    assert built == params
+
+
+def test_vgg16_has_batch_norms_or_biases():
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    plain, normed = (models.build(name) for name in ("vgg16", "vgg16_bn"))
+    assert sum(isinstance(module, kinds) for module in plain.modules()) == 0
+    assert sum(isinstance(module, kinds) for module in normed.modules()) == 14
+    biased = [module.bias is not None for module in normed.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert biased == [False] * 14 + [True]
+
+
+def test_densenet_layer_keeps_what_it_is_given_and_adds_twelve_channels():
+    layer = models.build("densenet40").block2[3]
+    x = torch.randn(2, 24 + 15 * 12, 8, 8)
+    out = layer(x)
+    assert torch.equal(out[:, :-12], x)
+    expected = F.conv2d(F.relu(layer.bn(x)), layer.conv.weight, padding=1)
+    torch.testing.assert_close(out[:, -12:], expected)
+
+
+def test_googlenet_block_puts_its_branches_side_by_side():
+    block = models.build("googlenet").eval().block3a
+    x = torch.randn(2, 192, 8, 8)
+    ones, threes, fives, pooled = block(x).split([64, 128, 32, 32], dim=1)
+    torch.testing.assert_close(ones, block.branch1(x))
+    torch.testing.assert_close(threes, block.branch3(x))
+    torch.testing.assert_close(fives, block.branch5(x))
+    torch.testing.assert_close(pooled, block.branch_pool[1](F.max_pool2d(x, 3, 1, 1)))
+    # One pixel of the branch of fives sees 5x5 pixels of its reduction.
+    reduced = block.branch5[0](x).detach().requires_grad_()
+    block.branch5[1:](reduced)[0, :, 4, 4].sum().backward()
+    seen = reduced.grad[0].abs().sum(0).nonzero()
+    assert (seen.min(0).values >= 2).all()
+    assert (seen.max(0).values <= 6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_cifar_resnet_shortcut_is_a_strided_slice_between_zero_channels(dtype, memory_format):
+    model = models.build("resnet20")
+    for stage, width in ((model.layer2, 16), (model.layer3, 32)):
+        shortcut = stage[0].shortcut
+        x = torch.randn(2, width, 8, 10).to(dtype, memory_format=memory_format)
+        x[0, 0, 0, :3] = torch.tensor([torch.nan, 1.0, -torch.inf])
+        expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, width // 2, width // 2))
+        torch.testing.assert_close(shortcut(x), expected, rtol=0, atol=0, equal_nan=True)
+        assert not list(shortcut.parameters())
+
+
+def test_channels_of_a_cifar_resnet_shortcut_can_be_changed():
     shortcut = models.build("resnet20").layer2[0].shortcut
-    x = torch.randn(2, 16, 8, 8)
-    expected = torch.zeros(2, 32, 4, 4)
-    expected[:, 8:24] = x[:, :, ::2, ::2]
-    assert torch.equal(shortcut(x), expected)
-    assert not list(shortcut.parameters())
+    (padding,) = (module for module in shortcut.modules() if isinstance(module, nn.ZeroPad3d))
+    padding.padding = (0, 0, 0, 0, 3, 5)
+    x = torch.randn(2, 11, 8, 8)
+    assert torch.equal(shortcut(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 5)))
 
 
 def test_digits_cnn_learns_the_digits_in_a_few_epochs():
@@ -67,10 +157,19 @@ def test_torchvision_model_with_its_own_and_with_other_classes():
     assert models.build("torchvision:resnet18", num_classes=3).fc.out_features == 3
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvision_models_have_no_auxiliary_classifiers(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = models.build(f"torchvision:{name}", num_classes=5)
+    assert model.training
+    assert model(torch.randn(2, 3, 96, 96)).shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet21", "no built-in model 'resnet21'.*digits_cnn, lenet5, .*resnet20"),
+        ("resnet21", "no built-in model 'resnet21'.*digits_cnn, googlenet, lenet5, .*resnet20"),
         ("torchvision:resnet19", "no classification model 'resnet19'.*resnet18"),
         ("torchvision:fcn_resnet50", "no classification model 'fcn_resnet50'"),
         ("./nets.py:small", r"package\.module:function, got './nets.py'"),

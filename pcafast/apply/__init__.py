@@ -1,6 +1,7 @@
-"""Carrying out plans: low-rank factorisation, and re-estimation of batch norms afterwards."""
+"""Carrying out plans: low-rank factorisation, removal of channels, and re-estimation of batch norms afterwards."""
 
-from pcafast.apply import low_rank  # registers how its actions are carried out
+from pcafast.apply import low_rank, prune  # these register how their actions are carried out
 from pcafast.apply.batch_norm import reestimate_batch_norm
+from pcafast.apply.optimizer import rebind_optimizer
 
-__all__ = ["low_rank", "reestimate_batch_norm"]
+__all__ = ["low_rank", "prune", "rebind_optimizer", "reestimate_batch_norm"]

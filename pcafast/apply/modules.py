@@ -54,14 +54,17 @@ def rebuilt(layer: Factorisable, weight: Tensor, bias: Tensor, *, pointwise: boo
         inputs = weight.shape[1] * layer.groups
         new = type(layer)(inputs, len(weight), groups=layer.groups, device="meta", **geometry)
     trains_bias = layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad
-    new.weight = nn.Parameter(_stored_like(layer.weight, weight), layer.weight.requires_grad)
-    new.bias = nn.Parameter(_stored_like(layer.weight, bias), trains_bias)
+    new.weight = nn.Parameter(stored_like(layer.weight, weight), layer.weight.requires_grad)
+    new.bias = nn.Parameter(stored_like(layer.weight, bias), trains_bias)
     return new.train(layer.training)
 
 
-def _stored_like(old: Tensor, new: Tensor) -> Tensor:
+def stored_like(old: Tensor, new: Tensor) -> Tensor:
+    """The new values with the device, dtype and memory format of the old."""
     new = new.to(old.device, old.dtype)
     for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if new.ndim == dimensions and old.is_contiguous(memory_format=memory_format):
+        # A 1x1 kernel is contiguous in both formats, and only its strides tell which is meant.
+        last = new.ndim == dimensions and old.is_contiguous(memory_format=memory_format) and old.stride(-1) != 1
+        if last:
             return new.contiguous(memory_format=memory_format)
     return new.contiguous()

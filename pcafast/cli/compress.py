@@ -3,42 +3,63 @@
 from enum import Enum
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from torch import nn
 
-from pcafast.apply import reestimate_batch_norm
 from pcafast.cli import options
-from pcafast.cli.doctor import command_line, environment
-from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
+from pcafast.cli.doctor import command_line
+from pcafast.cli.tables import comparison, console, notes_shown
 from pcafast.data import loader, open_dataset
-from pcafast.errors import ArgumentError
-from pcafast.loop import Evaluation, calibrate, evaluate, measure
-from pcafast.plan import Budget, plan_low_rank
-from pcafast.progress import track
-from pcafast.result import save
-from pcafast.statistics import Covariance
+from pcafast.loop import Costs, Evaluation, compress
+from pcafast.plan import Budget
 
 
 class Method(str, Enum):
     """How the model is made smaller."""
 
     pca = "pca"
+    taylor = "taylor"
+    rank = "rank"
+    l1 = "l1"
+
+
+class Scope(str, Enum):
+    """Where channels are removed."""
+
+    everywhere = "global"
+    layer = "layer"
 
 
 def command(
     model: options.ModelName,
     out: Annotated[Path, typer.Option(help="The folder to write the result to.")],
-    method: Annotated[Method, typer.Option(help="pca: low-rank layers from the covariance of their outputs.")] = (
-        Method.pca
-    ),
-    budget: Annotated[str | None, typer.Option(help="Share to keep, macs=0.5 or params=0.5.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of channels to keep in every layer.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Share of variance to keep in every layer.")] = None,
+    budget: Annotated[str, typer.Option(help="Share to keep: macs=0.5, params=0.5 or, when pruning, channels=0.5.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="pca: low-rank layers from the covariance of their outputs. The others remove channels: those with "
+            "the lowest Taylor scores, the lowest ranks of their feature maps, or the smallest filters (L1 norm)."
+        ),
+    ] = Method.pca,
     layers: Annotated[
         list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
     ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Reach the budget in so many steps.")] = 1,
+    retrain_epochs: Annotated[int, typer.Option(min=0, help="Epochs of retraining in every step.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of retraining: the highest of its schedule.")] = 0.02,
+    label_smoothing: Annotated[float, typer.Option(help="Of retraining: share of a label spread over all.")] = 0.0,
+    augment: Annotated[bool, typer.Option(help="Shift and mirror the images at random when retraining.")] = True,
+    scope: Annotated[
+        Scope,
+        typer.Option(help="When pruning, remove channels where they matter least, or the same share in every layer."),
+    ] = Scope.everywhere,
+    min_width: Annotated[int, typer.Option(min=1, help="When pruning, the channels that every layer keeps.")] = 1,
+    round_to: Annotated[int, typer.Option(min=1, help="When pruning, make new widths multiples of this.")] = 1,
+    compensate_means: Annotated[
+        bool, typer.Option(help="When pruning, let what follows take in what removed channels added on average.")
+    ] = True,
     reestimate: Annotated[
         bool,
         typer.Option(
@@ -55,43 +76,53 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = None,
 ) -> None:
-    """Compress a model and write the result: plan.json, model.safetensors and report.json."""
-    share = Budget.parse(budget) if budget else None
-    if (share is None) + (ratio is None) + (energy is None) != 2:
-        raise ArgumentError("expected exactly one of --budget, --ratio and --energy, such as --budget macs=0.5")
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(f"--out: expected a folder, and {out} is a file")
+    """Compress a model and write the result: plan.json, model.safetensors and report.json.
+
+    Killed at any moment, the same command goes on where it was.
+    """
+    share = Budget.parse(budget)
+    torch.manual_seed(seed)  # for weights that are not given
     network = options.build_model(model, weights, None, num_classes, device)
-    test = open_dataset(data, "test", image_size=image_size)
-    train = open_dataset(data, "train", image_size=image_size)
-    batches = options.training_batches(train, images, batch_size, seed)
-
-    def judge(candidate: nn.Module, what: str) -> Evaluation:
-        return evaluate(candidate, track(loader(test, batch_size=batch_size), f"evaluating {what}"))
-
-    images_to_time, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
-    stats = calibrate(network, track(batches, "collecting"), layers=layers, covariance=Covariance())
-    example = images_to_time[:1].to(options.choose_device(device))
-    plan = plan_low_rank(network, stats["covariance"], budget=share, ratio=ratio, energy=energy, example_input=example)
-    if not plan.actions:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:10])
-        raise ArgumentError(f"none of the layers can be made cheaper ({reasons})")
-    before = judge(network, "the model")
-    small = plan.apply(network)
-    if reestimate:
-        reestimate_batch_norm(small, track(batches, "re-estimating batch norms"))
-    after = judge(small, "the result")
-    costs = measure(network, small, batch=images_to_time)
-    rows = {"before": (before, costs[0]), "after": (after, costs[1])}
-
-    report = {
-        "command": command_line(),
-        "environment": environment(),
-        "data": {"train": train.name, "test": test.name, "images": min(images, len(train))},
-        **{name: as_report(*row) for name, row in rows.items()},
-    }
-    save(small, plan, out, report)
-    console.print(comparison(rows))
-    console.print(f"{len(plan.actions)} layers factorised; written to {out}")
-    for reason, names in groupby(sorted(plan.skipped, key=plan.skipped.__getitem__), key=plan.skipped.__getitem__):
+    train, test = (open_dataset(data, split, image_size=image_size) for split in ("train", "test"))
+    target = options.choose_device(device)
+    with notes_shown():
+        report = compress(
+            network,
+            method.value,
+            budget=share,
+            train=loader(train, batch_size=batch_size, shuffle=True, augment=augment, seed=seed, device=target),
+            test=loader(test, batch_size=batch_size, device=target),
+            calibration=options.training_batches(train, images, batch_size, seed),
+            out=out,
+            layers=layers,
+            scope=scope.value,
+            min_width=min_width,
+            round_to=round_to,
+            compensate_means=compensate_means,
+            steps=steps,
+            retrain_epochs=retrain_epochs,
+            reestimate_batch_norm=reestimate,
+            learning_rate=learning_rate,
+            label_smoothing=label_smoothing,
+            seed=seed,
+            name=model,
+            data={
+                "train": train.name,
+                "test": test.name,
+                "images": min(images, len(train)),
+                "batch_size": batch_size,
+                "augment": augment,
+            },
+            command=command_line(),
+        ).report
+    console.print(comparison({side: _row(report[side]) for side in ("before", "after")}))
+    smaller = sum(layer["after"] < layer["before"] for layer in report["layers"])
+    console.print(f"{smaller} of {len(report['layers'])} layers are smaller; the report is {out / 'report.json'}")
+    skipped: dict[str, str] = report["skipped"]
+    for reason, names in groupby(sorted(skipped, key=skipped.__getitem__), key=skipped.__getitem__):
         console.print(f"left alone, since {reason}: {', '.join(names)}", highlight=False)
+
+
+def _row(side: dict[str, Any]) -> tuple[Evaluation, Costs]:
+    costs = Costs(side["params"], side["macs"], side["latency_seconds"], side["latency_batch_size"])
+    return Evaluation(side["correct"], side["images"], side["loss"]), costs

@@ -6,11 +6,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from pcafast import models
-from pcafast.data import ImageDataset, loader
+from pcafast.data import Batches, ImageDataset, loader
 from pcafast.errors import ArgumentError
 from pcafast.result import load
 
@@ -31,8 +30,8 @@ Data = Annotated[
 NumClasses = Annotated[int | None, typer.Option(help="Outputs of the model, if not the model's own number.")]
 ImageSize = Annotated[int | None, typer.Option(help="Resize and crop images of a folder to this side.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
-Images = Annotated[int, typer.Option(min=1, help="Take at most this many training images, drawn at random.")]
-Seed = Annotated[int, typer.Option(help="Seed of the random draw of images.")]
+Images = Annotated[int, typer.Option(min=1, help="Training images for statistics, drawn at random; at most all.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default the GPU if there is one.")]
 
 
@@ -70,8 +69,6 @@ def build_model(
     return model.to(target)
 
 
-def training_batches(
-    dataset: ImageDataset, images: int, batch_size: int, seed: int
-) -> DataLoader[tuple[Tensor, Tensor]]:
+def training_batches(dataset: ImageDataset, images: int, batch_size: int, seed: int) -> Batches:
     """The random subset for statistics."""
     return loader(dataset, batch_size=batch_size, images=min(images, len(dataset)), seed=seed)

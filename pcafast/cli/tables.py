@@ -1,14 +1,44 @@
 """Tables that the commands print."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
 from rich.console import Console
 from rich.table import Table
 
+from pcafast.errors import PcafastWarning
 from pcafast.loop import Costs, Evaluation
 
 console = Console()
 
 LATENCY_BATCH = 64
 """Images in the batch whose latency is measured."""
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """Inside the block pcafast's warnings are shown as notes, without the place in the code that they come from."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, PcafastWarning):
+            Console(stderr=True).print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PcafastWarning)
+        warnings.showwarning = show
+        yield
 
 
 def comparison(rows: dict[str, tuple[Evaluation, Costs]]) -> Table:

@@ -67,7 +67,7 @@ class Hooks:
 
     def _watch(self, hooks: ExitStack, module: nn.Module, statistics: list[Statistic]) -> None:
         for statistic in statistics:
-            if isinstance(statistic, Covariance) and statistic.side == "input":
+            if statistic.side == "input":
                 hook = _Hook(self._before_layer, statistic)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             else:

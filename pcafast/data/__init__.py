@@ -1,17 +1,16 @@
 """Labelled images by name or path, and the loader that batches them."""
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
+from pcafast.data.batches import Batches
 from pcafast.data.images import ImageDataset
 from pcafast.data.readers import read_cifar10, read_digits, read_mnist, read_npz
 from pcafast.errors import ArgumentError, FileError
 
-__all__ = ["ImageDataset", "Split", "loader", "open_dataset"]
+__all__ = ["Batches", "ImageDataset", "Split", "loader", "open_dataset"]
 
 Split = Literal["train", "test"]
 
@@ -59,27 +58,42 @@ def open_dataset(spec: str, split: Split, *, image_size: int | None = None) -> I
 
 
 def loader(
-    dataset: ImageDataset, *, batch_size: int, shuffle: bool = False, seed: int = 0, images: int | None = None
-) -> DataLoader[tuple[Tensor, Tensor]]:
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    augment: bool = False,
+    seed: int = 0,
+    images: int | None = None,
+    device: torch.device | str | None = None,
+) -> Batches:
     """Batches of images (N, C, H, W), float32, and labels (N,), int64, the same ones for the same seed.
+
+    Every pass draws a new order and new changes to the images, which depend on the seed and on the number of the pass
+    only: after ``set_epoch(e)``, the next pass is the one that was number e, from 0 on, or would be. Torch's global
+    generator is not touched.
 
     Args:
         dataset: the images.
         batch_size: images per batch; the last batch may be smaller.
         shuffle: draw a new order for every pass.
-        seed: of the subset and of the order; torch's global generator is not touched.
+        augment: change the images at random, as is usual for training. Those in memory are padded by an eighth of their
+            size with black, 4 pixels for 32, and cropped to their size at random, and half of them are mirrored if they
+            are in colour. From image files, a crop of 8 % to all of the area, of sides 3:4 to 4:3, is resized, and half
+            of them are mirrored.
+        seed: of the subset, of the order and of the changes.
         images: draw this many images at random and leave out the others; None takes all, in their order.
+        device: of the batches; None is the CPU. A data set in memory of less than 512 MiB is copied there as a whole.
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1, got {batch_size}.")
+    if not 0 <= seed < 2**64:
+        raise ArgumentError(f"seed must lie in 0..2**64 - 1, got {seed}.")
     if images is not None and not 1 <= images <= len(dataset):
         raise ArgumentError(f"images must lie in 1..{len(dataset)}, the size of {dataset.name}, got {images}.")
-    generator = torch.Generator().manual_seed(seed)
-    chosen: Dataset[Any] = dataset
+    chosen = torch.arange(len(dataset))
     if images is not None:
-        chosen = Subset(dataset, torch.randperm(len(dataset), generator=generator)[:images].tolist())
-    return DataLoader(chosen, batch_size, shuffle=shuffle, generator=generator, collate_fn=_already_batched)
-
-
-def _already_batched(batch: Any) -> Any:
-    return batch
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images]
+    if device is not None:
+        dataset = dataset.to(torch.device(device))
+    return Batches(dataset, chosen, batch_size=batch_size, shuffle=shuffle, augment=augment, seed=seed)

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
 
+from pcafast.data.augment import random_box
 from pcafast.data.images import RGB, ImageDataset
 from pcafast.errors import ArgumentError, FileError
 
@@ -47,7 +48,10 @@ def _classes(folder: Path) -> set[str]:
 
 
 class FolderImages(ImageDataset):
-    """Image files, decoded when asked for; grey ones and those with a palette become RGB."""
+    """Image files, decoded when asked for; grey ones and those with a palette become RGB.
+
+    To augment is to crop at random, resize to the usual size, and mirror half of the images.
+    """
 
     def __init__(
         self, root: Path, samples: Sequence[tuple[str, int]], num_classes: int, image_size: int | None
@@ -63,13 +67,20 @@ class FolderImages(ImageDataset):
         labels = torch.tensor([label for _, label in samples])
         super().__init__(root, (3, height, width), labels, num_classes, RGB)
 
-    def _pixels(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self._decode(self._paths[index]) for index in indices])
+    def _pixels(self, indices: Tensor, augment: torch.Generator | None) -> Tensor:
+        return torch.stack([self._decode(self._paths[index], augment) for index in indices.tolist()])
 
-    def _decode(self, path: str) -> Tensor:
+    def _decode(self, path: str, augment: torch.Generator | None) -> Tensor:
         with _opened(path) as image:
-            pixels: Tensor = pil_to_tensor(self._crop(image.convert("RGB")))
+            image = image.convert("RGB")
+            image = self._crop(image) if augment is None else self._random_crop(image, augment)
+            pixels: Tensor = pil_to_tensor(image)
         return pixels
+
+    def _random_crop(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        box = random_box(image.height, image.width, generator)
+        cropped: Image.Image = resized_crop(image, *box, list(self.shape[1:]))
+        return hflip(cropped) if torch.rand((), generator=generator) < 0.5 else cropped
 
 
 def _common_size(root: Path, paths: Sequence[str]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What every data set is to the rest of pcafast: normalised images and integer labels, batch by batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pcafast.data.augment import shifted
 from pcafast.errors import FileError
 
 
@@ -23,6 +24,8 @@ class Normalisation(NamedTuple):
 
 RGB = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = Normalisation((0.5,), (0.5,))
+
+_KEPT_ON_DEVICE = 512 * 2**20
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
@@ -55,22 +58,39 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.__getitems__([index])
+        images, labels = self.batch(torch.tensor([index]))
         return images[0], int(labels[0])
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One batch: images (N, C, H, W), float32, and labels (N,), int64."""
-        pixels = self._pixels(indices)
+    def batch(self, indices: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W), float32, and labels (N,), int64, on the data set's device.
+
+        Args:
+            indices: (N,), on the CPU.
+            augment: draw random changes to the images from this generator; None leaves them as they are.
+        """
+        pixels = self._pixels(indices, augment).to(self._mean.device)
         scaled = pixels.contiguous().float() / (1 if pixels.is_floating_point() else 255)
-        return (scaled - self._mean) / self._std, self._labels[list(indices)]
+        return (scaled - self._mean) / self._std, self._labels[indices.to(self._labels.device)]
+
+    def to(self, device: torch.device) -> "ImageDataset":
+        """The same images, with batches on that device."""
+        moved = copy(self)
+        moved._move(device)
+        return moved
+
+    def _move(self, device: torch.device) -> None:
+        self._mean, self._std, self._labels = (part.to(device) for part in (self._mean, self._std, self._labels))
 
     @abstractmethod
-    def _pixels(self, indices: Sequence[int]) -> Tensor:
-        """Pixels (N, C, H, W), uint8 or float in 0..1."""
+    def _pixels(self, indices: Tensor, augment: torch.Generator | None) -> Tensor:
+        """Pixels (N, C, H, W), uint8 or float in 0..1, on any device."""
 
 
 class MemoryImages(ImageDataset):
-    """Images kept in memory as they were stored: uint8, or float in 0..1."""
+    """Images kept in memory as they were stored: uint8, or float in 0..1.
+
+    To augment is to pad by an eighth with black and to crop at random, and to mirror half of the colour images.
+    """
 
     def __init__(
         self,
@@ -95,8 +115,17 @@ class MemoryImages(ImageDataset):
             normalisation or (RGB if channels == 3 else GREY),
         )
 
-    def _pixels(self, indices: Sequence[int]) -> Tensor:
-        return self._images[list(indices)]
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        if self._images.nbytes < _KEPT_ON_DEVICE:
+            self._images = self._images.to(device)
+
+    def _pixels(self, indices: Tensor, augment: torch.Generator | None) -> Tensor:
+        pixels = self._images[indices.to(self._images.device)]
+        if augment is None:
+            return pixels
+        # The mirror image of a digit or letter is another one or none.
+        return shifted(pixels, augment, mirror=self.shape[0] == 3)
 
 
 def _check_images(path: Path, images: NDArray[np.generic]) -> None:

@@ -1,8 +1,10 @@
-"""Calibrating, training, evaluating and measuring models."""
+"""Calibrating, training, evaluating and measuring models, and the loop that makes them smaller."""
 
 from pcafast.loop.calibrate import calibrate
+from pcafast.loop.compress import Compressed, compress
 from pcafast.loop.evaluate import Evaluation, evaluate
 from pcafast.loop.measure import Costs, measure
+from pcafast.loop.methods import Criterion
 from pcafast.loop.train import Trainer
 
-__all__ = ["Costs", "Evaluation", "Trainer", "calibrate", "evaluate", "measure"]
+__all__ = ["Compressed", "Costs", "Criterion", "Evaluation", "Trainer", "calibrate", "compress", "evaluate", "measure"]

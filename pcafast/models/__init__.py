@@ -8,22 +8,33 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from pcafast.errors import ArgumentError
+from pcafast.models.densenet_cifar import CifarDenseNet
 from pcafast.models.digits_cnn import DigitsCNN
+from pcafast.models.googlenet_cifar import CifarGoogLeNet
 from pcafast.models.lenet5 import LeNet5
 from pcafast.models.resnet_cifar import CifarResNet
+from pcafast.models.vgg_cifar import CifarVGG16
 from pcafast.models.weights import load_weights
 
 __all__ = ["available", "build", "load_weights"]
 
 _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "densenet40": partial(CifarDenseNet, 40),
     "digits_cnn": DigitsCNN,
+    "googlenet": CifarGoogLeNet,
     "lenet5": LeNet5,
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    "vgg16": partial(CifarVGG16, batch_norm=False),
+    "vgg16_bn": partial(CifarVGG16, batch_norm=True),
 }
+
+# Of torchvision. In training mode these return more than the scores.
+_WITH_AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")
 
 
 def available() -> list[str]:
@@ -36,7 +47,10 @@ def build(spec: str, *, num_classes: int | None = None, weights: str | Path | No
 
     Args:
         spec: a built-in name (see `available`), `torchvision:NAME`, or `package.module:function`, any
-            callable that returns a module; the current directory is importable.
+            callable that returns a module; the current directory is importable. The built-in ones are for 32x32
+            images and smaller; torchvision has vgg16, densenet121, googlenet and others for larger ones. Its googlenet
+            and inception_v3 come without auxiliary classifiers, since with them a forward in training mode returns more
+            than the scores.
         num_classes: outputs of the last layer; None leaves the network's own number. A user's callable
             gets it as a keyword, and only when it is given.
         weights: checkpoint to load, see `load_weights`.
@@ -69,7 +83,7 @@ def _built_in(name: str) -> Callable[..., nn.Module]:
     return _BUILT_IN[name]
 
 
-def _torchvision(name: str, options: dict[str, int]) -> nn.Module:
+def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     from torchvision import models  # a second to import, which the built-in networks need not pay
 
     # Only the classifiers: the others fetch a trained backbone unless told otherwise.
@@ -77,6 +91,9 @@ def _torchvision(name: str, options: dict[str, int]) -> nn.Module:
     if name not in names:
         listed = difflib.get_close_matches(name, names) or names
         raise ArgumentError(f"torchvision has no classification model {name!r}. It has {', '.join(listed)}.")
+    if name in _WITH_AUXILIARY_CLASSIFIERS:
+        # The initialisation is torch's usual one; to choose none is a warning.
+        options = {**options, "aux_logits": False, "init_weights": False}
     model: nn.Module = models.get_model(name, weights=None, **options)
     return model
 

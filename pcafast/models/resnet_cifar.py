@@ -6,6 +6,8 @@ Parameter names are those of the public checkpoints of akamaster/pytorch_resnet_
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcafast.models.initial import he_normal
+
 
 class CifarResNet(nn.Module):
     """Images (N, 3, 32, 32) to class scores; depth = 6 n + 2, with n blocks at each of three widths."""
@@ -19,9 +21,7 @@ class CifarResNet(nn.Module):
         self.layer2 = _stage(blocks, 16, 32, stride=2)
         self.layer3 = _stage(blocks, 32, 64, stride=2)
         self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -43,7 +43,7 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         padding = (out_channels - in_channels) // 2
-        self.shortcut = nn.Identity() if stride == 1 else _PaddedShortcut(stride, padding)
+        self.shortcut = nn.Identity() if stride == 1 else _shortcut(stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -51,14 +51,10 @@ class _Block(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class _PaddedShortcut(nn.Module):
-    """Option A: every stride-th pixel, with `padding` channels of zeros on either side; no parameters."""
+def _shortcut(stride: int, padding: int) -> nn.Sequential:
+    """Option A: every stride-th pixel, between `padding` channels of zeros on either side; no parameters.
 
-    def __init__(self, stride: int, padding: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.padding = padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        sampled = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(sampled, (0, 0, 0, 0, self.padding, self.padding))
+    These are modules, and not a slice and F.pad, so that pruning can change how many channels the padding adds.
+    """
+    # Of an (N, C, H, W) tensor the third dimension from the end, which ZeroPad3d pads too, is the channels.
+    return nn.Sequential(nn.MaxPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, padding, padding)))

@@ -1,6 +1,7 @@
 """The kinds of things that a plan can ask for, as plain data."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, TypedDict
 
 from pcafast.errors import ArgumentError
@@ -41,24 +42,70 @@ class LowRank:
     macs: Change | None
 
     def __post_init__(self) -> None:
-        self._expect("layer", "a layer's name", isinstance(self.layer, str))
-        self._expect("weight_shape", "a list of sizes", _are_sizes(self.weight_shape))
-        self._expect("side", "'output' or 'input'", self.side in ("output", "input"))
-        self._expect("rank", "a positive integer", _are_sizes([self.rank]))
-        self._expect("fuse_into", "a layer's name or null", isinstance(self.fuse_into, str | None))
-
-    def _expect(self, field: str, expected: str, holds: bool) -> None:
-        if not holds:
-            raise ArgumentError(
-                f"{field} of the {self.kind} action on {self.layer!r}: expected {expected}, "
-                f"got {getattr(self, field)!r}."
-            )
+        _expect(self, "layer", "a layer's name", isinstance(self.layer, str))
+        _expect(self, "weight_shape", "a list of sizes", _are_sizes(self.weight_shape))
+        _expect(self, "side", "'output' or 'input'", self.side in ("output", "input"))
+        _expect(self, "rank", "a positive integer", _are_sizes([self.rank]))
+        _expect(self, "fuse_into", "a layer's name or null", isinstance(self.fuse_into, str | None))
 
 
-Action = LowRank
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Keep only some of the channels of a module.
 
-KINDS: dict[str, type[Action]] = {LowRank.kind: LowRank}
+    Attributes:
+        layer: the name of the module, or of a parameter that belongs to no kind of module that pcafast knows.
+        weight_shape: the shape of its weight (of a padding, how much it adds to every side), by which a model that does
+            not fit is recognised.
+        outputs: the output channels to keep, rising; null for all. Of a batch norm and its like, its channels; of a
+            padding of channels, the added ones, counted through those before and those after.
+        inputs: the input channels to keep, rising; null for all, and for what has only outputs.
+        dim: the dimension of a bare parameter that holds the channels.
+        means_into: what takes in the mean that the removed inputs added to each output: the layer itself for its bias,
+            which it gets if it has none, or the batch norm that follows, for its running mean; null for nothing.
+        params: its parameters.
+        macs: its multiply-adds over the whole example input, if it is a linear layer or a convolution.
+    """
+
+    kind: ClassVar[str] = "prune"
+
+    layer: str
+    weight_shape: list[int]
+    outputs: list[int] | None
+    inputs: list[int] | None
+    dim: int = 0
+    means_into: str | None = None
+    params: Change
+    macs: Change | None
+
+    def __post_init__(self) -> None:
+        _expect(self, "layer", "a layer's name", isinstance(self.layer, str))
+        sizes = isinstance(self.weight_shape, list) and all(type(size) is int for size in self.weight_shape)
+        _expect(self, "weight_shape", "a list of sizes", sizes)
+        for side in ("outputs", "inputs"):
+            rising = "channels in rising order, or null"
+            _expect(self, side, rising, getattr(self, side) is None or _are_rising(getattr(self, side)))
+        _expect(self, "dim", "the number of a dimension", type(self.dim) is int and self.dim >= 0)
+        _expect(self, "means_into", "a layer's name or null", isinstance(self.means_into, str | None))
+
+
+Action = LowRank | Prune
+
+KINDS: dict[str, type[LowRank] | type[Prune]] = {LowRank.kind: LowRank, Prune.kind: Prune}
+
+
+def _expect(action: Action, field: str, expected: str, holds: bool) -> None:
+    if not holds:
+        raise ArgumentError(
+            f"{field} of the {action.kind} action on {action.layer!r}: expected {expected}, "
+            f"got {getattr(action, field)!r}."
+        )
 
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
+
+
+def _are_rising(values: Any) -> bool:
+    whole = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return whole and all(a < b for a, b in pairwise(values))

@@ -1,23 +1,30 @@
 """What a compressed model may cost."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pcafast.errors import ArgumentError
 
-Quantity = Literal["macs", "params"]
+Quantity = Literal["macs", "params", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A share of the whole model's MACs or parameters, in (0, 1], that is never exceeded. Exactly one is given."""
+    """A share, in (0, 1], that is never exceeded. Exactly one is given.
+
+    Attributes:
+        macs: of the whole model's multiply-adds.
+        params: of the whole model's parameters.
+        channels: of the output channels of all layers that have scores; for pruning only.
+    """
 
     macs: float | None = None
     params: float | None = None
+    channels: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.macs is None) == (self.params is None):
-            raise ArgumentError(f"budget: expected exactly one of macs and params, got {self!r}.")
+        if len(self._given()) != 1:
+            raise ArgumentError(f"budget: expected exactly one of {', '.join(get_args(Quantity))}, got {self!r}.")
         if not isinstance(self.share, int | float):
             raise ArgumentError(f"budget: expected a number for {self.quantity}, got {self.share!r}.")
         if not 0 < self.share <= 1:
@@ -27,8 +34,9 @@ class Budget:
     def parse(cls, text: str) -> "Budget":
         """A budget from its text form, such as ``macs=0.5``."""
         quantity, _, share = text.partition("=")
-        if quantity not in ("macs", "params"):
-            raise ArgumentError(f"budget: expected macs=SHARE or params=SHARE, such as macs=0.5, got {text!r}.")
+        if quantity not in get_args(Quantity):
+            kinds = " or ".join(f"{kind}=SHARE" for kind in get_args(Quantity))
+            raise ArgumentError(f"budget: expected {kinds}, such as macs=0.5, got {text!r}.")
         try:
             return cls(**{quantity: float(share)})
         except ValueError as error:
@@ -39,12 +47,16 @@ class Budget:
     @property
     def quantity(self) -> Quantity:
         """What is counted."""
-        return "params" if self.macs is None else "macs"
+        return next(iter(self._given()))
 
     @property
     def share(self) -> float:
         """The largest allowed share."""
-        return next(share for share in (self.macs, self.params) if share is not None)
+        return next(iter(self._given().values()))
+
+    def _given(self) -> dict[Quantity, float]:
+        shares: dict[Quantity, float | None] = {"macs": self.macs, "params": self.params, "channels": self.channels}
+        return {quantity: share for quantity, share in shares.items() if share is not None}
 
     def __str__(self) -> str:
         return f"{self.quantity}={self.share:g}"

@@ -47,6 +47,8 @@ def plan_low_rank(
     asked = _asked(budget, ratio, energy)
     if budget is not None and budget.macs is not None and example_input is None:
         raise ArgumentError("example_input: expected an input to count the MACs of a budget on, got None.")
+    if budget is not None and budget.channels is not None:
+        raise ArgumentError(f"budget: expected a share of macs or params, since no channels are removed, got {budget}.")
     if all(isinstance(value, Mapping) for value in statistics.values()) and statistics:
         raise ArgumentError(
             "statistics: expected those of layers by name, such as stats['covariance'], got a whole collection of "

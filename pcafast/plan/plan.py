@@ -15,7 +15,7 @@ from pcafast.plan.actions import Action
 from pcafast.plan.document import Content, check_fingerprint, fingerprint, read_content, to_json, write_together
 
 # Carries out actions of one kind on a model, in place; without tensors it sets up shapes only.
-Applier = Callable[[nn.Module, Sequence[Action], Mapping[str, Tensor] | None], None]
+Applier = Callable[[nn.Module, Sequence[Any], Mapping[str, Tensor] | None], None]
 
 _APPLIERS: dict[str, Applier] = {}
 
@@ -42,7 +42,7 @@ class Plan:
         tensors: the numbers that the actions need, such as bases; None if the plan came without them.
     """
 
-    actions: list[Action] = field(default_factory=list)
+    actions: Sequence[Action] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
     reached: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -71,9 +71,22 @@ class Plan:
             _APPLIERS[kind](result, list(actions), tensors)
         return result
 
+    def then(self, later: "Plan") -> "Plan":
+        """Both plans as one, the later having been made for what this one makes of a model.
+
+        It has the structure only: what is computed from tensors comes with the weights of the result.
+        """
+        reached = {
+            quantity: {"before": first["before"], "after": last["after"], "share": last["after"] / first["before"]}
+            for quantity, first in self.reached.items()
+            if (last := later.reached.get(quantity))
+        }
+        actions = [*self.actions, *later.actions]
+        return Plan(actions, self.asked, reached, later.skipped, tensors=None)
+
     def to_json(self, files: Mapping[str, str] | None = None) -> str:
         """The plan without its tensors; ``files`` are the SHA-256 of the files saved with it, by name."""
-        return to_json(Content(self.asked, self.reached, self.skipped, dict(files or {}), self.actions))
+        return to_json(Content(self.asked, self.reached, self.skipped, dict(files or {}), list(self.actions)))
 
     __str__ = to_json
 

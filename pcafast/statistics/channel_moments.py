@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pcafast.native import operators
 from pcafast.statistics.centred import combine_centred
-from pcafast.statistics.statistic import State, Statistic, Total
+from pcafast.statistics.statistic import Side, State, Statistic, Total
 
 
 class Moments(NamedTuple):
@@ -23,7 +23,11 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class ChannelMoments(Statistic):
-    """Mean, variance (divided by the count), mean absolute value and share of zeros of every channel."""
+    """Mean, variance (divided by the count), mean absolute value and share of zeros of every channel.
+
+    Attributes:
+        side: whether ``collect`` gives it the layer's output or its input, for which there is only one tap.
+    """
 
     states: ClassVar[dict[str, State]] = {
         "count": State(),
@@ -33,6 +37,8 @@ class ChannelMoments(Statistic):
         "zeros": State(("channels",)),
         "skipped": State(dtype=torch.int64),
     }
+
+    side: Side = "output"
 
     def update(self, x: Tensor) -> None:
         """Take in one batch of activations (N, C, *)."""

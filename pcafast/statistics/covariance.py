@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from pcafast.errors import ArgumentError
 from pcafast.functional import LossReduction, MeanCovariance, finish_covariance, loss_scale
 from pcafast.native import operators
 from pcafast.statistics.centred import combine_centred
-from pcafast.statistics.statistic import State, Statistic, Total
+from pcafast.statistics.statistic import Side, State, Statistic, Total
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,17 +79,7 @@ class Covariance(_ChannelCovariance):
         correction: what is taken from the number of samples in the divisor; 1 gives the unbiased estimate.
     """
 
-    side: Literal["output", "input"] = "output"
-
-    @classmethod
-    def choices(cls) -> dict[str, tuple[str, ...]]:
-        """The values that settings with few of them can have."""
-        return {**super().choices(), "side": ("output", "input")}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.side == "input" and self.tap != "layer":
-            raise ArgumentError(f'tap: expected "layer" for side="input", got {self.tap!r}')
+    side: Side = "output"
 
     def update(self, x: Tensor, *, weight: Tensor | None = None) -> None:
         """Take in one batch.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcafast.errors import ArgumentError, PcafastError
 
 Tap = Literal["layer", "norm", "activation"]
+Side = Literal["output", "input"]
 Sizes = Mapping[str, int]
 Total = Callable[[Sequence[Tensor]], Tensor]
 SelfStatistic = TypeVar("SelfStatistic", bound="Statistic")
@@ -54,6 +55,7 @@ class Statistic(ABC):
     states: ClassVar[dict[str, State]]
     growing_sizes: ClassVar[frozenset[str]] = frozenset()
     needs_gradient: ClassVar[bool] = False
+    side = "output"  # a setting only of kinds that annotate it
 
     tap: Tap = "layer"
     channel_dim: int = 1
@@ -68,11 +70,13 @@ class Statistic(ABC):
         for setting, expected in self.choices().items():
             if getattr(self, setting) not in expected:
                 raise ArgumentError(f"{setting}: expected one of {', '.join(expected)}, got {getattr(self, setting)!r}")
+        if self.side == "input" and self.tap != "layer":
+            raise ArgumentError(f'tap: expected "layer" for side="input", got {self.tap!r}')
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """The values that settings with few of them can have."""
-        return {"tap": ("layer", "norm", "activation"), "nonfinite": ("skip", "raise")}
+        return {"tap": ("layer", "norm", "activation"), "side": ("output", "input"), "nonfinite": ("skip", "raise")}
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
