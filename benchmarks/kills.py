@@ -26,8 +26,8 @@ from pcafast.progress import track
 DATA = Path(os.environ["PCAFAST_DATA"])
 METHODS = ("pca", "taylor", "rank", "l1")
 IMAGES = {"train": 768, "test": 512}
-LATEST = 0.95
-"""The latest kill, as a share of the time that the whole command takes."""
+SHARES = (0.3, 0.95)
+"""The earliest and the latest kill, as shares of the time that the whole command takes; it begins with imports."""
 
 
 def start(work: Path, method: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -61,7 +61,8 @@ def kills(number: int, work: Path) -> dict[str, Any]:
     """Every kill, and whether the result was the same."""
     for split, images in IMAGES.items():
         with np.load(DATA / f"cifar10-{split}.npz") as whole:
-            np.savez(work / f"{split}.npz", images=whole["images"][:images], labels=whole["labels"][:images])
+            chosen = np.random.default_rng(0).permutation(len(whole["labels"]))[:images]
+            np.savez(work / f"{split}.npz", images=whole["images"][chosen], labels=whole["labels"][chosen])
     expected, seconds = {}, {}
     for method in track(METHODS[:number], "commands that run through"):
         begin = time.perf_counter()
@@ -71,7 +72,7 @@ def kills(number: int, work: Path) -> dict[str, Any]:
     moments, rows = random.Random(0), []
     for kill in track(range(number), "killed and resumed"):
         method, folder = METHODS[kill % len(METHODS)], work / f"killed {kill}"
-        process, moment = start(work, method, folder), moments.uniform(0, LATEST) * seconds[method]
+        process, moment = start(work, method, folder), moments.uniform(*SHARES) * seconds[method]
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.communicate()

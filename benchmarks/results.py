@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pcafast.cli.doctor import environment
+from pcafast.loop.environment import environment
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -4,6 +4,7 @@ from pcafast import data, functional, models, scores
 from pcafast.apply import rebind_optimizer, reestimate_batch_norm
 from pcafast.collect import Collection, collect
 from pcafast.errors import ArgumentError, FileError, PcafastError, PcafastWarning
+from pcafast.loop import Compressed, Criterion, compress
 from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
 from pcafast.result import load, save
 from pcafast.statistics import (
@@ -23,7 +24,9 @@ __all__ = [
     "Budget",
     "ChannelMoments",
     "Collection",
+    "Compressed",
     "Covariance",
+    "Criterion",
     "FeatureMapRank",
     "FileError",
     "GradientCovariance",
@@ -34,6 +37,7 @@ __all__ = [
     "Statistic",
     "Taylor",
     "collect",
+    "compress",
     "data",
     "functional",
     "load",

@@ -1,4 +1,4 @@
-"""The result folder: a compressed model as plan.json, model.safetensors and report.json."""
+"""The result folder: a compressed model as plan.json, model.safetensors, report.json and report.html."""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from pcafast.errors import ArgumentError
 from pcafast.plan import Plan
 from pcafast.plan.document import check_fingerprint, fingerprint, read_content, write_together
+from pcafast.report import render
 
 PLAN = "plan.json"
 WEIGHTS = "model.safetensors"
 REPORT = "report.json"
+PAGE = "report.html"
 
 # In the metadata of the weights: the names that stand for the same tensor as another name.
 _TIES = "ties"
@@ -29,22 +31,26 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, report: Mapping[str, 
         model: what ``plan.apply`` returned, retrained or not.
         plan: the plan; its tensors are not written, as the weights make them needless.
         folder: made if it is not there.
-        report: anything that JSON can hold, such as accuracies before and after.
+        report: anything that JSON can hold, such as accuracies before and after; what was asked and reached, and what
+            was skipped, is taken from the plan if it is not there. ``pcafast.report.render`` makes the page of it.
 
     Raises:
         ArgumentError: the model's state holds something other than tensors, or the report something but JSON.
         FileError: the folder cannot be written.
     """
     folder = Path(folder)
+    planned = {"asked": plan.asked, "reached": plan.reached, "skipped": plan.skipped}
+    content = {"format": "pcafast report", "version": 1, **planned, **(report or {})}
     try:
-        report_text = json.dumps({"format": "pcafast report", "version": 1, **(report or {})}, indent=2) + "\n"
+        report_text = json.dumps(content, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"report: expected what JSON can hold ({error}).") from error
-    weights = _serialised(model)
+    weights = serialised(model)
     write_together(
         {
             folder / WEIGHTS: weights,
             folder / REPORT: report_text.encode(),
+            folder / PAGE: render(content).encode(),
             folder / PLAN: plan.to_json({WEIGHTS: fingerprint(weights)}).encode(),
         }
     )
@@ -77,7 +83,12 @@ def load(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _serialised(model: nn.Module) -> bytes:
+def serialised(model: nn.Module) -> bytes:
+    """The content of the file that holds the model's weights.
+
+    Raises:
+        ArgumentError: the model's state holds something other than tensors.
+    """
     first_name: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pcafast
 from pcafast.errors import ArgumentError, PcafastError
 from pcafast.functional import MeanCovariance
+from pcafast.models import build
 from pcafast.plan import Budget, plan_low_rank
 
 
@@ -180,7 +181,7 @@ def test_budget_from_text(text, quantity, share):
     [
         ("macs", "expected a number after macs=, got 'macs'"),
         ("macs=half", "expected a number after macs=, got 'macs=half'"),
-        ("flops=0.5", r"expected macs=SHARE or params=SHARE, .* got 'flops=0.5'"),
+        ("flops=0.5", r"expected macs=SHARE or params=SHARE or channels=SHARE, .* got 'flops=0.5'"),
         ("macs=0", r"expected a share in \(0, 1\] of the model's macs, got macs=0"),
         ("params=1.5", r"share in \(0, 1\] of the model's params, got params=1.5"),
         ("macs=nan", r"share in \(0, 1\]"),
@@ -193,7 +194,7 @@ def test_bad_budget_text(text, message):
 
 @pytest.mark.parametrize("given", [{}, {"macs": 0.5, "params": 0.5}])
 def test_budget_is_of_exactly_one_quantity(given):
-    with pytest.raises(ArgumentError, match="exactly one of macs and params"):
+    with pytest.raises(ArgumentError, match="exactly one of macs, params, channels"):
         Budget(**given)
 
 
@@ -299,3 +300,29 @@ def test_a_tuple_is_one_tensor_per_argument():
         model(x, x)
     plan = plan_low_rank(model, stats["covariance"], ratio=0.25, example_input=(x, x))
     assert plan.reached["macs"] == {"before": 800, "after": 400, "share": 0.5}
+
+
+def test_two_plans_in_a_row_are_one():
+    """The second is made for what the first makes; together they rebuild its structure from the original."""
+    model = build("digits_cnn").eval()
+    x = torch.randn(2, 1, 8, 8)
+    scores = pcafast.scores.filter_norm
+    first = pcafast.plan_pruning(model, scores(model), budget=pcafast.Budget(macs=0.7), example_input=x)
+    middle = first.apply(model)
+    second = pcafast.plan_pruning(middle, scores(middle), budget=pcafast.Budget(macs=0.7), example_input=x)
+    small = second.apply(middle)
+    both = first.then(second)
+    rebuilt = both.apply_structure(model)
+    assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+    rebuilt.load_state_dict(small.state_dict())
+    assert torch.equal(rebuilt(x), small(x))
+    before, after = first.reached["macs"]["before"], second.reached["macs"]["after"]
+    assert both.reached["macs"] == {"before": before, "after": after, "share": after / before}
+    assert both.asked == first.asked
+    with pytest.raises(PcafastError, match="holds no tensors"):
+        both.apply(model)
+
+
+def test_low_rank_has_no_budget_of_channels():
+    with pytest.raises(ArgumentError, match=r"since no channels are removed, got channels=0\.5"):
+        plan_low_rank(nn.Linear(4, 4), {}, budget=Budget(channels=0.5))

@@ -74,9 +74,12 @@ torch.save(result.load(fresh, sys.argv[1])(images), sys.argv[3])
 
 def test_folder_holds_plan_weights_and_report(saved):
     _, plan, folder = saved
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "plan.json", "report.json"]
+    names = ["model.safetensors", "plan.json", "report.html", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     report = json.loads((folder / "report.json").read_text())
-    assert report == {"format": "pcafast report", "version": 1, "accuracy": {"before": 0.9, "after": 0.88}}
+    planned = {"asked": plan.asked, "reached": plan.reached, "skipped": plan.skipped}
+    assert report == {"format": "pcafast report", "version": 1, **planned, "accuracy": {"before": 0.9, "after": 0.88}}
+    assert "<title>" in (folder / "report.html").read_text()
     assert json.loads((folder / "plan.json").read_text())["reached"] == plan.reached
 
 

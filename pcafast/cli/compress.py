@@ -59,7 +59,7 @@ def command(
     round_to: Annotated[int, typer.Option(min=1, help="When pruning, make new widths multiples of this.")] = 1,
     compensate_means: Annotated[
         bool, typer.Option(help="When pruning, let what follows take in what removed channels added on average.")
-    ] = True,
+    ] = False,
     reestimate: Annotated[
         bool,
         typer.Option(
@@ -117,7 +117,7 @@ def command(
         ).report
     console.print(comparison({side: _row(report[side]) for side in ("before", "after")}))
     smaller = sum(layer["after"] < layer["before"] for layer in report["layers"])
-    console.print(f"{smaller} of {len(report['layers'])} layers are smaller; the report is {out / 'report.json'}")
+    console.print(f"{smaller} of {len(report['layers'])} layers are smaller; the report is {out / 'report.html'}")
     skipped: dict[str, str] = report["skipped"]
     for reason, names in groupby(sorted(skipped, key=skipped.__getitem__), key=skipped.__getitem__):
         console.print(f"left alone, since {reason}: {', '.join(names)}", highlight=False)

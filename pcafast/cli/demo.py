@@ -1,70 +1,64 @@
-"""``pcafast demo``: the whole way in under a minute, on digits that come with scikit-learn."""
+"""``pcafast demo``: the whole way in a minute, on digits that come with scikit-learn."""
 
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from torch import nn
 
-from pcafast.cli.doctor import command_line, environment
-from pcafast.cli.tables import LATENCY_BATCH, as_report, comparison, console
-from pcafast.collect import collect
+from pcafast.cli.doctor import command_line
+from pcafast.cli.tables import LATENCY_BATCH, comparison, console, notes_shown
 from pcafast.data import loader, open_dataset
-from pcafast.loop import Evaluation, Trainer, evaluate, measure
+from pcafast.loop import Trainer, compress, evaluate, measure
 from pcafast.models import build
-from pcafast.plan import Budget, plan_low_rank
+from pcafast.plan import Budget
 from pcafast.progress import track
-from pcafast.result import save
-from pcafast.statistics import Covariance, FeatureMapRank, Taylor
 
 EPOCHS = 8
 RETRAIN_EPOCHS = 3
 BATCH_SIZE = 64
+METHODS = {"pca": "PCA", "taylor": "Taylor", "rank": "rank"}
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="The folder to write the result to.")] = Path("pcafast-demo"),
+    out: Annotated[Path, typer.Option(help="The folder to write the results to.")] = Path("pcafast-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the images.")] = 0,
 ) -> None:
-    """Train a small network on digits, collect statistics while it trains, and compress it to half its MACs."""
+    """Train a small network on digits, and compress it to half its MACs in three ways."""
     torch.manual_seed(seed)
     train, test = open_dataset("digits", "train"), open_dataset("digits", "test")
     batches = loader(train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
-    example, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
-
-    def judge(model: nn.Module) -> Evaluation:
-        return evaluate(model, loader(test, batch_size=BATCH_SIZE))
+    to_judge = loader(test, batch_size=BATCH_SIZE)
 
     model = build("digits_cnn")
     trainer = Trainer(model, EPOCHS * len(batches))
-    for _ in track(range(EPOCHS - 1), "training"):
+    for _ in track(range(EPOCHS), "training"):
         trainer.epoch(batches)
-    # The last epoch is watched: the statistics come out of the training itself.
-    with collect(model, covariance=Covariance(), taylor=Taylor(), rank=FeatureMapRank()) as stats:
-        trainer.epoch(track(batches, "training, and collecting statistics"))
-    trained = judge(model)
 
-    plan = plan_low_rank(model, stats["covariance"], budget=Budget(macs=0.5), example_input=example[:1])
-    small = plan.apply(model)
-    compressed = judge(small)
-    retrainer = Trainer(small, RETRAIN_EPOCHS * len(batches), learning_rate=0.02)
-    for _ in track(range(RETRAIN_EPOCHS), "retraining"):
-        retrainer.epoch(batches)
-    retrained = judge(small)
-
-    before, after = measure(model, small, batch=example)
-    rows = {"trained": (trained, before), "PCA, half MACs": (compressed, after), "retrained": (retrained, after)}
-    report = {
-        "command": command_line(),
-        "environment": environment(),
-        **{name: as_report(*row) for name, row in rows.items()},
-    }
-    save(small, plan, out, report)
-    stats.save(out / "statistics.safetensors")
-    console.print(comparison(rows))
+    models, evaluations = {"trained": model}, {"trained": evaluate(model, to_judge)}
+    for method, name in METHODS.items():
+        with notes_shown():
+            small = compress(
+                model,
+                method,
+                budget=Budget(macs=0.5),
+                train=batches,
+                test=to_judge,
+                out=out / method,
+                retrain_epochs=RETRAIN_EPOCHS,
+                seed=seed,
+                name="digits_cnn",
+                data={"train": "digits", "test": "digits", "images": len(train)},
+                command=command_line(),
+            ).model
+        models[name], evaluations[name] = small, evaluate(small, to_judge)
+    example, _ = next(iter(loader(test, batch_size=LATENCY_BATCH)))
+    costs = measure(*models.values(), batch=example)
+    console.print(comparison(dict(zip(models, zip(evaluations.values(), costs, strict=True), strict=True))))
+    folders = ", ".join(str(out / method / "report.html") for method in METHODS)
     console.print(
-        f"The result is in {out}, and so are the statistics. In Python: "
-        f'pcafast.load(pcafast.models.build("digits_cnn"), "{out}")',
+        f"PCA makes low-rank layers, Taylor and rank remove channels; all were retrained for {RETRAIN_EPOCHS} epochs. "
+        f"The reports to look at: {folders}. In Python: "
+        f'pcafast.load(pcafast.models.build("digits_cnn"), "{out / "taylor"}")',
         soft_wrap=True,
     )

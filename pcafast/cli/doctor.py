@@ -1,31 +1,13 @@
 """``pcafast doctor``: what is installed, what is active, and why."""
 
-import platform
 import shlex
 import sys
-from importlib import metadata
-from typing import Any
 
-import torch
 from rich.table import Table
 
 from pcafast import native
 from pcafast.cli.tables import console
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, as reports record them."""
-    return {
-        "pcafast": metadata.version("pcafast"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native": native.MISSING is None,
-    }
+from pcafast.loop.environment import environment
 
 
 def command_line() -> str:
@@ -55,12 +37,3 @@ def _operators() -> Table:
         on_cuda = "native" if name in native.OWN_CUDA_KERNELS else "reference, in plain torch"
         table.add_row(name, on_cpu, on_cuda)
     return table
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor()

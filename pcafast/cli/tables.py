@@ -61,17 +61,3 @@ def comparison(rows: dict[str, tuple[Evaluation, Costs]]) -> Table:
             f"{costs.seconds * 1000:.2f} ms{share(costs.seconds, first.seconds)}",
         )
     return table
-
-
-def as_report(evaluation: Evaluation, costs: Costs) -> dict[str, float]:
-    """The same as plain data."""
-    return {
-        "accuracy": evaluation.accuracy,
-        "correct": evaluation.correct,
-        "images": evaluation.images,
-        "loss": evaluation.loss,
-        "params": costs.params,
-        "macs": costs.macs,
-        "latency_seconds": costs.seconds,
-        "latency_batch_size": costs.batch_size,
-    }

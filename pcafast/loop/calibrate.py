@@ -14,14 +14,18 @@ from pcafast.loop.batches import Batch, class_scores
 from pcafast.modes import evaluating
 from pcafast.statistics import Statistic
 
+LABEL_SMOOTHING = 0.1
+"""Of images that a trained network is certain of, as of most that it was trained on, the plain cross-entropy has almost
+no gradient, and Taylor scores would come from a few odd ones."""
+
 
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], *, layers: LayerChoice | None = None, **statistics: Statistic
 ) -> Collection:
     """Collect statistics of a classifier over labelled images, in evaluation mode.
 
-    There is a backward pass of the cross-entropy only if a statistic needs one; the gradients of the parameters stay
-    as they are. Arguments are those of ``pcafast.collect``.
+    There is a backward pass, of the cross-entropy with a little label smoothing, only if a statistic needs one; the
+    gradients of the parameters stay as they are. Arguments are those of ``pcafast.collect``.
 
     Raises:
         ArgumentError: there is no batch, or a label has no class score.
@@ -36,7 +40,7 @@ def calibrate(
         for inputs, labels in batches:
             scores, labels = class_scores(model, inputs, labels)
             if needs_gradient:
-                F.cross_entropy(scores, labels).backward()
+                F.cross_entropy(scores, labels, label_smoothing=LABEL_SMOOTHING).backward()
             seen = True
     if not seen:
         raise ArgumentError("batches: expected at least one batch to collect statistics on, got none")

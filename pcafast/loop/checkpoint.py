@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pcafast.errors import ArgumentError, FileError
 from pcafast.files import write_atomically
 from pcafast.plan import Plan
-from pcafast.plan.document import _from_json
-from pcafast.result import PLAN, REPORT, WEIGHTS
+from pcafast.plan.document import from_json
+from pcafast.result import PAGE, PLAN, REPORT, WEIGHTS
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -115,14 +115,14 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _plan(text: str, source: Path) -> Plan:
-    content = _from_json(text, source)
+    content = from_json(text, source)
     return Plan(content.actions, content.asked, content.reached, content.skipped, tensors=None)
 
 
 def remove(folder: Path) -> None:
     """Take the checkpoint away, and what a killed process left half-written beside it."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    for name in (CHECKPOINT, PLAN, WEIGHTS, REPORT):
+    for name in (CHECKPOINT, PLAN, WEIGHTS, REPORT, PAGE):
         for half in folder.glob(f".{name}.*"):
             half.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from pcafast.loop import checkpoint
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint
 from pcafast.loop.environment import environment
-from pcafast.loop.folder import claim
+from pcafast.loop.folder import claim, read_report
 from pcafast.loop.methods import Criterion, find_method
 from pcafast.loop.reporting import build_report
 from pcafast.loop.run import Run
@@ -49,7 +49,7 @@ def compress(
     scope: Scope = "global",
     min_width: int = 1,
     round_to: int = 1,
-    compensate_means: bool = True,
+    compensate_means: bool = False,
     steps: int = 1,
     retrain_epochs: int = 0,
     reestimate_batch_norm: bool = True,
@@ -68,8 +68,9 @@ def compress(
     call goes on from there, and on the CPU ends with the same files, bit for bit, as if it had not been interrupted.
 
     All random numbers, torch's, numpy's and Python's, are drawn from states that follow from ``seed`` before every
-    pass over batches, and so are the orders of a ``DataLoader``; batches of another type may have a method
-    ``set_epoch``, called with a number before every pass. The caller's random states are as before afterwards.
+    pass over batches, and so are the orders of a ``DataLoader``, if its workers are not persistent; batches of another
+    type may have a method ``set_epoch``, called with a number before every pass. The caller's random states are as
+    before afterwards.
 
     Args:
         model: a classifier; it is left as it is.
@@ -178,10 +179,9 @@ def _perform(run: Run, stage: Stage, folder: Path) -> None:
 def _finished(run: Run, folder: Path, head: dict[str, Any], first: Batch) -> Compressed:
     plan = run.progress.plan
     assert plan is not None, "every run has at least one step"
-    report = {**head, **build_report(run, plan, first[0])}
-    save(run.model, plan, folder, report)
+    save(run.model, plan, folder, {**head, **build_report(run, plan, first[0])})
     checkpoint.remove(folder)
-    return Compressed(run.model, plan, report)
+    return Compressed(run.model, plan, read_report(folder) or {})
 
 
 def _compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from pcafast.errors import ArgumentError
 from pcafast.loop import checkpoint
 from pcafast.loop.checkpoint import CHECKPOINT, Checkpoint
-from pcafast.result import PLAN, REPORT, WEIGHTS
+from pcafast.result import PAGE, PLAN, REPORT, WEIGHTS
 
 Identity = Mapping[str, Any]
 
@@ -26,25 +26,28 @@ def claim(folder: Path, identity: Identity) -> Checkpoint | dict[str, Any] | Non
         found = checkpoint.read(folder)
         _expect_same(folder, "an unfinished run", found.identity, identity)
         return found
-    results = [name for name in (PLAN, WEIGHTS, REPORT) if (folder / name).exists()]
-    if not results:
+    present = [name for name in (PLAN, WEIGHTS, REPORT, PAGE) if (folder / name).exists()]
+    if not present:
         return None
-    report = _report(folder / REPORT)
+    report = read_report(folder)
+    if report is None:
+        raise ArgumentError(
+            f"out: {folder} holds {', '.join(present)}, but not as the result of such a run. Choose another folder, or "
+            "delete what is in the way."
+        )
     _expect_same(folder, "the result", report, identity)
     return report
 
 
-def _report(path: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in the folder; None if there is none, or not that of a run."""
     try:
-        report = json.loads(path.read_text())
+        report = json.loads((folder / REPORT).read_text())
         if report["format"] == "pcafast report" and isinstance(report["asked"], dict):
             return dict(report)
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    raise ArgumentError(
-        f"out: {path.parent} holds a plan, weights or a report which are not of such a run. Choose another folder, or "
-        "delete them."
-    )
+    return None
 
 
 def _expect_same(folder: Path, what: str, found: Mapping[str, Any], identity: Identity) -> None:

@@ -35,9 +35,11 @@ class Method(ABC):
 
     Attributes:
         figures: the section of the report that has the numbers it decides on.
+        norm_share: how far batch norms are moved afterwards, ``new_share`` of ``pcafast.reestimate_batch_norm``.
     """
 
     figures: ClassVar[Literal["spectra", "scores"]]
+    norm_share: ClassVar[float]
 
     @property
     @abstractmethod
@@ -55,6 +57,7 @@ class PCA(Method):
     """Low-rank layers from the covariance of their outputs."""
 
     figures = "spectra"
+    norm_share = 0.5  # the errors of low-rank layers should not be raised to the size that the signal had
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,9 +93,11 @@ class Criterion:
 CRITERIA = {
     one.name: one
     for one in (
-        Criterion("taylor", lambda _, stats: scores.taylor(stats["taylor"]), {"taylor": Taylor()}),
-        Criterion("rank", lambda _, stats: scores.rank(stats["rank"]), {"rank": FeatureMapRank()}),
-        Criterion("l1", lambda model, _: scores.filter_norm(model, p=1)),
+        Criterion("taylor", lambda _, stats: scores.taylor(stats["taylor"]), {"taylor": Taylor(tap="activation")}),
+        # Of unit length like Taylor scores: one rule removes channels from all layers, and these scores have no common
+        # scale. Measured, that is better for both.
+        Criterion("rank", lambda _, stats: scores.normalised(scores.rank(stats["rank"])), {"rank": FeatureMapRank()}),
+        Criterion("l1", lambda model, _: scores.normalised(scores.filter_norm(model, p=1))),
     )
 }
 
@@ -106,6 +111,7 @@ class Pruning(Method):
     """
 
     figures = "scores"
+    norm_share = 1.0  # the signal that is left is exact
 
     criterion: Criterion
     rules: Rules

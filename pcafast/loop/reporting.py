@@ -14,7 +14,7 @@ from pcafast.loop.run import Run
 from pcafast.plan import Plan, Prune
 from pcafast.plan.layers import channels, is_factorisable
 from pcafast.plan.trace import Trace, trace
-from pcafast.result import _serialised
+from pcafast.result import serialised
 
 LATENCY_BATCH = 64
 """Images in the batch whose latency is measured, if the calibration batches have as many."""
@@ -25,6 +25,7 @@ def build_report(run: Run, plan: Plan, batch: Tensor) -> dict[str, Any]:
     task, progress = run.task, run.progress
     spectral = task.method.figures == "spectra"
     layers = _layers(task.model, run.model, run.example, "rank" if spectral else "channels")
+    names = {layer["layer"] for layer in layers}
     before, after = _before_and_after(run, batch[:LATENCY_BATCH])
     report = {
         "environment": environment(),
@@ -34,7 +35,7 @@ def build_report(run: Run, plan: Plan, batch: Tensor) -> dict[str, Any]:
         "history": progress.history,
         "layers": layers,
         task.method.figures: _spectra(progress, layers) if spectral else _scores(task.method, progress, plan),
-        "skipped": plan.skipped,
+        "skipped": {name: reason for name, reason in plan.skipped.items() if name in names},
         "warnings": progress.warnings,
     }
     return dict(finite(report))
@@ -49,7 +50,7 @@ def _before_and_after(run: Run, batch: Tensor) -> list[dict[str, float]]:
             "macs": costs.macs,
             "latency_seconds": costs.seconds,
             "latency_batch_size": costs.batch_size,
-            "file_bytes": len(_serialised(model)),
+            "file_bytes": len(serialised(model)),
         }
         for model, entry, costs in zip(models, (history[0], history[-1]), measure(*models, batch=batch), strict=True)
     ]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pcafast.apply import reestimate_batch_norm
+from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint, Progress, state_of
 from pcafast.loop.evaluate import Evaluation, evaluate
@@ -52,7 +53,8 @@ class Run:
         if stage.kind == COMPRESSED:
             self._compress(stage.step)
         elif stage.kind == REESTIMATED:
-            reestimate_batch_norm(self.model, track(self.task.calibration, "re-estimating batch norms"))
+            batches = track(self.task.calibration, "re-estimating batch norms")
+            reestimate_batch_norm(self.model, batches, new_share=self.task.method.norm_share)
         elif stage.kind == RETRAINED:
             found = {"epoch": stage.epoch, **self._retrain(stage.epoch)}
         costs = {
@@ -110,6 +112,9 @@ class Run:
                 found = test(self.model)
         else:
             found = evaluate(self.model, track(test, "evaluating"))
-        if not isinstance(found, Evaluation):
+        if isinstance(found, Evaluation):
+            return {"accuracy": found.accuracy, **found._asdict()}
+        try:
             return {"score": float(found)}
-        return {"accuracy": found.accuracy, **found._asdict()}
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"test: expected a function that returns a number, got {found!r} from it.") from error

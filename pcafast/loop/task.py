@@ -25,8 +25,8 @@ class Task:
     """The arguments of ``pcafast.compress``, the same from a run's beginning to its end.
 
     Attributes:
+        calibration: those of train where none were given.
         layers: the names of the layers to compress; None for all.
-        calibration: never None, unless it was not given in any way.
 
     Raises:
         ArgumentError: one is wrong.

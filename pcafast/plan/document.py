@@ -45,7 +45,7 @@ def read_content(path: Path) -> Content:
     Raises:
         FileError: it cannot be read, is not JSON, not a plan, of another version, or a field is missing or wrong.
     """
-    return _from_json(_read(path).decode(errors="replace"), path)
+    return from_json(_read(path).decode(errors="replace"), path)
 
 
 def check_fingerprint(path: Path, content: Content) -> None:
@@ -73,7 +73,12 @@ def _read(path: Path) -> bytes:
         raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
-def _from_json(text: str, source: Path) -> Content:
+def from_json(text: str, source: Path) -> Content:
+    """What the text of a plan file says; ``source`` is where it comes from, for messages.
+
+    Raises:
+        FileError: it is not a plan, of another version, or a field is missing or wrong.
+    """
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

@@ -45,7 +45,7 @@ def render(report: Mapping[str, Any]) -> str:
         left_alone=facts.left_alone(report.get("skipped")),
         other=facts.facts({key: value for key, value in report.items() if key not in _SECTIONS}),
         data=facts.facts(report.get("data")),
-        command=report.get("command"),
+        command=str(report.get("command") or ""),
         environment=facts.facts(report.get("environment")),
     )
 

@@ -45,17 +45,15 @@ def left_alone(skipped: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]
     """The layers by reason, the most frequent reason first."""
     layers: dict[str, list[str]] = {}
     for layer, reason in (skipped or {}).items():
-        layers.setdefault(str(reason), []).append(layer)
+        layers.setdefault(str(reason), []).append(str(layer))
     return sorted(layers.items(), key=lambda item: -len(item[1]))
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Shown]]:
     for name, value in values.items():
         if name == "budget" and isinstance(value, Mapping):
-            yield (
-                name,
-                _shown([f"{percent(share, 1).text} of the {words(key, begin=False)}" for key, share in value.items()]),
-            )
+            shares = [f"{percent(share, 1).text} of the {words(key, begin=False)}" for key, share in value.items()]
+            yield name, Shown(", ".join(shares), "")
         elif isinstance(value, Mapping):
             yield from ((f"{name}_{key}", shown) for key, shown in _flat(value))
         else:

@@ -129,7 +129,7 @@ def _left_out(values: Sequence[object], drawn: Sequence[float]) -> list[str]:
 
 
 def _thinned(heights: Sequence[float], kept: Sequence[bool]) -> list[_Bar]:
-    """Bars of the same total widths, not too many: neighbours may share one height, the kept ones of them come first."""
+    """Bars of the same total widths; where there are too many, neighbours share their mean height, kept ones first."""
     count = len(heights)
     groups = min(count, _MAX_BARS)
     bars = []

@@ -1,0 +1,132 @@
+"""A ResNet-56 with half its MACs: its accuracy by criterion, and by what is done once the channels are gone.
+
+Every criterion removes channels by the same rules: wherever the scores are lowest for the MACs they save. Accuracies
+are of all 10,000 CIFAR-10 test images; statistics, means and batch norms come from the same 1,024 training images. The
+retrained networks are those with batch norms re-estimated. Every criterion has a process and a thread of its own; times
+are measured at the end, by themselves.
+
+PCAFAST_DATA names a folder with cifar10-{train,test}.npz and resnet56-4bfd9763.th.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+from torch import Tensor, nn
+
+import pcafast
+from pcafast.data import loader, open_dataset
+from pcafast.loop import Trainer, calibrate, evaluate, measure
+from pcafast.loop.methods import CRITERIA, Criterion
+from pcafast.models import build
+from pcafast.progress import track
+
+IMAGES = 1024
+BUDGET = pcafast.Budget(macs=0.5)
+DATA = Path(os.environ["PCAFAST_DATA"])
+LEARNING_RATE = 0.02
+
+
+def random_scores(model: nn.Module, _: Any) -> dict[str, Tensor]:
+    """Noise, for every layer that has filters."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(len(norms), generator=generator) for name, norms in pcafast.scores.filter_norm(model).items()
+    }
+
+
+COMPARED = {**CRITERIA, "random": Criterion("random", random_scores)}
+NOT_RETRAINED = "random"
+
+
+class Bench:
+    """The network, the data, and what is measured on them."""
+
+    def __init__(self, epochs: int) -> None:
+        self.train, self.test = (open_dataset(str(DATA / f"cifar10-{split}.npz"), split) for split in ("train", "test"))
+        self.model = build("resnet56", weights=DATA / "resnet56-4bfd9763.th").eval()
+        self.calibration = loader(self.train, batch_size=128, images=IMAGES)
+        self.example = next(iter(self.calibration))[0][:1]
+        self.epochs = epochs
+
+    def pruned(self, criterion: Criterion) -> tuple[nn.Module, nn.Module]:
+        """Without and with the means of the removed channels made up for."""
+        statistics = {**criterion.statistics, "moments": pcafast.ChannelMoments(side="input")}
+        stats = calibrate(self.model, track(self.calibration, "collecting"), **statistics)
+        scores = criterion.scores(self.model, stats)
+        plan = partial(pcafast.plan_pruning, self.model, scores, budget=BUDGET, example_input=self.example, min_width=2)
+        return plan().apply(self.model), plan(means=stats["moments"]).apply(self.model)
+
+    def accuracy(self, model: nn.Module, what: str) -> float:
+        """On the test images."""
+        return evaluate(model, track(loader(self.test, batch_size=250), what)).accuracy
+
+    def reestimated(self, model: nn.Module) -> nn.Module:
+        """A copy whose batch norms have seen the training images."""
+        model = copy.deepcopy(model)
+        pcafast.reestimate_batch_norm(model, self.calibration, new_share=1.0)
+        return model
+
+    def retrained(self, model: nn.Module, what: str) -> nn.Module:
+        """The model after some epochs of the built-in trainer; the seed is the same for all."""
+        torch.manual_seed(0)
+        batches = loader(self.train, batch_size=128, shuffle=True, augment=True)
+        model.to(memory_format=torch.channels_last)
+        trainer = Trainer(model, self.epochs * len(batches), learning_rate=LEARNING_RATE)
+        for epoch in range(self.epochs):
+            batches.set_epoch(epoch)
+            trainer.epoch(track(batches, f"{what}, epoch {epoch + 1}"))
+        return model.eval()
+
+    def accuracies(self, criterion: Criterion) -> dict[str, float]:
+        """Of the network pruned by a criterion, after each treatment."""
+        small, compensated = self.pruned(criterion)
+        reestimated = self.reestimated(small)
+        variants = {
+            "no retraining": small,
+            "compensated means": compensated,
+            "batch norm re-estimated": reestimated,
+        }
+        found = {what: self.accuracy(one, f"{criterion.name}, {what}") for what, one in variants.items()}
+        if self.epochs and criterion.name != NOT_RETRAINED:
+            what = f"{self.epochs} epochs"
+            found[what] = self.accuracy(self.retrained(reestimated, f"{criterion.name}, {what}"), what)
+        return found
+
+    def costs(self, criterion: Criterion) -> dict[str, Any]:
+        """What the pruned network costs, and how much faster it is."""
+        small, _ = self.pruned(criterion)
+        whole, part = measure(self.model, small, batch=next(iter(loader(self.test, batch_size=64)))[0])
+        return {
+            "macs": part.macs / whole.macs,
+            "params": part.params / whole.params,
+            "milliseconds_for_64": {"before": whole.seconds * 1000, "after": part.seconds * 1000},
+            "speedup": whole.seconds / part.seconds,
+        }
+
+
+def accuracies(name: str, epochs: int) -> dict[str, float]:
+    """Those of one criterion, in a process of its own."""
+    torch.set_num_threads(1)
+    return Bench(epochs).accuracies(COMPARED[name])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=2, help="of retraining; 0 for none")
+    epochs = parser.parse_args().epochs
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        found = dict(zip(COMPARED, pool.map(partial(accuracies, epochs=epochs), COMPARED), strict=True))
+    bench = Bench(epochs)
+    rows = {
+        name: {"accuracy": found[name], **bench.costs(criterion)}
+        for name, criterion in track(COMPARED.items(), "timing")
+    }
+    results.write("pruning", {"images": IMAGES, "original": bench.accuracy(bench.model, "original"), "criteria": rows})
