@@ -1,9 +1,10 @@
 """A ResNet-56 with half its MACs: its accuracy by criterion, and by what is done once the channels are gone.
 
-Every criterion removes channels by the same rules: wherever the scores are lowest for the MACs they save. Accuracies
+Every criterion removes channels by the same rules: wherever the scores are lowest for the MACs they save, with widths
+that are multiples of 8; once more by Taylor scores with multiples of 16, the floats of one AVX-512 register. Accuracies
 are of all 10,000 CIFAR-10 test images; statistics, means and batch norms come from the same 1,024 training images. The
-retrained networks are those with batch norms re-estimated. Every criterion has a process and a thread of its own; times
-are measured at the end, by themselves.
+retrained networks are those with batch norms re-estimated. Every row has a process and a thread of its own; times are
+measured at the end, in turns.
 
 PCAFAST_DATA names a folder with cifar10-{train,test}.npz and resnet56-4bfd9763.th.
 """
@@ -42,7 +43,15 @@ def random_scores(model: nn.Module, _: Any) -> dict[str, Tensor]:
     }
 
 
-COMPARED = {**CRITERIA, "random": Criterion("random", random_scores)}
+COMPARED = {
+    "taylor": (CRITERIA["taylor"], 8),
+    "rank": (CRITERIA["rank"], 8),
+    "l1": (CRITERIA["l1"], 8),
+    "random": (Criterion("random", random_scores), 8),
+    "taylor, widths of 16": (CRITERIA["taylor"], 16),
+}
+"""Criteria, and what widths are multiples of."""
+
 NOT_RETRAINED = "random"
 
 
@@ -56,12 +65,14 @@ class Bench:
         self.example = next(iter(self.calibration))[0][:1]
         self.epochs = epochs
 
-    def pruned(self, criterion: Criterion) -> tuple[nn.Module, nn.Module]:
+    def pruned(self, row: str) -> tuple[nn.Module, nn.Module]:
         """Without and with the means of the removed channels made up for."""
+        criterion, round_to = COMPARED[row]
         statistics = {**criterion.statistics, "moments": pcafast.ChannelMoments(side="input")}
         stats = calibrate(self.model, track(self.calibration, "collecting"), **statistics)
         scores = criterion.scores(self.model, stats)
-        plan = partial(pcafast.plan_pruning, self.model, scores, budget=BUDGET, example_input=self.example, min_width=2)
+        options = {"budget": BUDGET, "example_input": self.example, "round_to": round_to}
+        plan = partial(pcafast.plan_pruning, self.model, scores, **options)
         return plan().apply(self.model), plan(means=stats["moments"]).apply(self.model)
 
     def accuracy(self, model: nn.Module, what: str) -> float:
@@ -85,37 +96,41 @@ class Bench:
             trainer.epoch(track(batches, f"{what}, epoch {epoch + 1}"))
         return model.eval()
 
-    def accuracies(self, criterion: Criterion) -> dict[str, float]:
-        """Of the network pruned by a criterion, after each treatment."""
-        small, compensated = self.pruned(criterion)
+    def accuracies(self, row: str) -> dict[str, float]:
+        """Of the pruned network, after each treatment."""
+        small, compensated = self.pruned(row)
         reestimated = self.reestimated(small)
         variants = {
             "no retraining": small,
             "compensated means": compensated,
             "batch norm re-estimated": reestimated,
         }
-        found = {what: self.accuracy(one, f"{criterion.name}, {what}") for what, one in variants.items()}
-        if self.epochs and criterion.name != NOT_RETRAINED:
+        found = {what: self.accuracy(one, f"{row}, {what}") for what, one in variants.items()}
+        if self.epochs and row != NOT_RETRAINED:
             what = f"{self.epochs} epochs"
-            found[what] = self.accuracy(self.retrained(reestimated, f"{criterion.name}, {what}"), what)
+            found[what] = self.accuracy(self.retrained(reestimated, f"{row}, {what}"), what)
         return found
 
-    def costs(self, criterion: Criterion) -> dict[str, Any]:
-        """What the pruned network costs, and how much faster it is."""
-        small, _ = self.pruned(criterion)
-        whole, part = measure(self.model, small, batch=next(iter(loader(self.test, batch_size=64)))[0])
+    def costs(self) -> dict[str, dict[str, float]]:
+        """What the network and the pruned ones cost; all are timed in turns."""
+        models = {"original": self.model, **{row: self.pruned(row)[0] for row in track(COMPARED, "pruning")}}
+        costs = measure(*models.values(), batch=next(iter(loader(self.test, batch_size=64)))[0])
+        whole = costs[0]
         return {
-            "macs": part.macs / whole.macs,
-            "params": part.params / whole.params,
-            "milliseconds_for_64": {"before": whole.seconds * 1000, "after": part.seconds * 1000},
-            "speedup": whole.seconds / part.seconds,
+            row: {
+                "macs": one.macs / whole.macs,
+                "params": one.params / whole.params,
+                "milliseconds_for_64": one.seconds * 1000,
+                "speedup": whole.seconds / one.seconds,
+            }
+            for row, one in zip(models, costs, strict=True)
         }
 
 
-def accuracies(name: str, epochs: int) -> dict[str, float]:
-    """Those of one criterion, in a process of its own."""
+def accuracies(row: str, epochs: int) -> dict[str, float]:
+    """Those of one row, in a process of its own."""
     torch.set_num_threads(1)
-    return Bench(epochs).accuracies(COMPARED[name])
+    return Bench(epochs).accuracies(row)
 
 
 if __name__ == "__main__":
@@ -125,8 +140,6 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         found = dict(zip(COMPARED, pool.map(partial(accuracies, epochs=epochs), COMPARED), strict=True))
     bench = Bench(epochs)
-    rows = {
-        name: {"accuracy": found[name], **bench.costs(criterion)}
-        for name, criterion in track(COMPARED.items(), "timing")
-    }
-    results.write("pruning", {"images": IMAGES, "original": bench.accuracy(bench.model, "original"), "criteria": rows})
+    found["original"] = {"no retraining": bench.accuracy(bench.model, "original")}
+    rows = {row: {"accuracy": found[row], **costs} for row, costs in bench.costs().items()}
+    results.write("pruning", {"images": IMAGES, "epochs": epochs, "rows": rows})

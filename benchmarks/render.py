@@ -51,20 +51,18 @@ def demo() -> str:
 
 def pruning() -> str:
     """Accuracy after removing channels."""
-    measured = results.read("pruning")
-    names = {"taylor": "Taylor", "rank": "rank", "l1": "L1", "random": "random"}
-    steps = list(next(iter(measured["criteria"].values()))["accuracy"])
+    measured = results.read("pruning")["rows"]
+    steps = list(measured["taylor"]["accuracy"])
     rows = [
         [
-            names[name],
+            name,
             *(f"{row['accuracy'][step]:.2%}" if step in row["accuracy"] else "" for step in steps),
             f"{row['macs']:.1%}",
-            f"{1 / row['speedup']:.0%}",
+            f"{row['speedup']:.2f}x",
         ]
-        for name, row in measured["criteria"].items()
+        for name, row in measured.items()
     ]
-    original = ["original", f"{measured['original']:.2%}", *[""] * (len(steps) - 1), "100%", "100%"]
-    return table(["", *steps, "MACs", "CPU time"], [original, *rows])
+    return table(["", *steps, "MACs", "speed"], rows)
 
 
 def planning() -> str:

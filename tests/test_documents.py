@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pcafast import load
 from pcafast.models import build
 
 REPOSITORY = Path(__file__).parent.parent
@@ -20,20 +21,31 @@ def test_tables_are_up_to_date():
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     model = build("resnet20")
+    batches = [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))]
     names = {
         "model": model,
         "fresh_model": build("resnet20"),
-        "loader": [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))],
+        "loader": batches,
+        "train_loader": batches,
+        "test_loader": batches,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
         "criterion": torch.nn.CrossEntropyLoss(),
         "activations": torch.randn(2, 3, 8, 8),
         "gradients": torch.randn(2, 3, 8, 8),
     }
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
+    collecting, pruning, loop, functional = blocks
     x = torch.randn(1, 3, 32, 32)
-    plan_applied, loaded = names["plan"].apply(model).eval(), names["small"].eval()
-    torch.testing.assert_close(loaded(x), plan_applied(x))
+    exec(collecting, names)
+    torch.testing.assert_close(names["small"].eval()(x), names["plan"].apply(model).eval()(x))
+    exec(pruning, names)
+    assert names["plan"].reached["macs"]["share"] <= 0.5
+    owned = {id(parameter) for group in names["optimizer"].param_groups for parameter in group["params"]}
+    assert owned == {id(parameter) for parameter in names["small"].parameters()}
+    exec(loop, names)
+    torch.testing.assert_close(load(build("resnet20"), "smaller").eval()(x), names["small"].eval()(x))
+    assert names["report"]["reached"] == names["plan"].reached
+    exec(functional, names)
     assert names["ranks"].shape == (2, 3)

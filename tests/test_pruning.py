@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import pcafast
 from pcafast.errors import ArgumentError
 from pcafast.models import build
-from pcafast.plan.units import Place, find_units
+from pcafast.plan.ties import Place
+from pcafast.plan.units import find_units
 
 
 def randomised(model: nn.Module) -> nn.Module:

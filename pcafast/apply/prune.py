@@ -40,6 +40,7 @@ def apply_pruning(model: nn.Module, actions: Sequence[Prune], tensors: Mapping[s
             continue
         module = _module(model, action)
         if action.means_into is not None:
+            _check_means_into(model, module, action)
             means.append((action.means_into, _lost_means(module, action, tensors)))
         _prune_module(module, action)
     for name, lost in means:
@@ -127,6 +128,7 @@ def _prune_pad(module: _ConstantPadNd, action: Prune) -> None:
 
 def _prune_parameter(model: nn.Module, action: Prune, parameter: nn.Parameter) -> None:
     _check_shape(action, list(parameter.shape), "parameter")
+    _check_range(action, "outputs", dict(enumerate(parameter.shape)).get(action.dim, 0))
     parent, _, name = action.layer.rpartition(".")
     kept = _or_all(action.outputs, parameter.shape[action.dim])
     setattr(model.get_submodule(parent), name, _kept(parameter, kept, action.dim))
@@ -143,11 +145,8 @@ def _lost_means(module: nn.Module, action: Prune, tensors: Mapping[str, Tensor] 
         raise ArgumentError(f"plan: expected a tensor {error} for layer {action.layer!r}, and found none.") from error
     mean[_or_all(action.inputs, len(mean))] = 0
     groups = groups_of(module)
-    weight = (
-        module.weight.detach().to("cpu", torch.float64).flatten(2).sum(2)
-        if module.weight.ndim > 2
-        else (module.weight.detach().to("cpu", torch.float64))
-    )
+    weight = module.weight.detach().to("cpu", torch.float64)
+    weight = weight.reshape(*weight.shape[:2], -1).sum(2)
     weight = weight.view(groups, -1, weight.shape[1])
     lost = (weight @ mean.view(groups, -1, 1)).flatten()
     return lost[_or_all(action.outputs, len(lost))]
@@ -155,6 +154,10 @@ def _lost_means(module: nn.Module, action: Prune, tensors: Mapping[str, Tensor] 
 
 def _take_in(module: nn.Module, lost: Tensor | None) -> None:
     """Add to the bias, or take from the running mean, what the layer before lost."""
+    if lost is not None and len(lost) != outputs_of(module):
+        raise ArgumentError(
+            f"plan: expected the means of {outputs_of(module)} channels for a {type(module).__name__}, got {len(lost)}."
+        )
     if isinstance(module, _BatchNorm):
         if lost is not None and module.running_mean is not None:
             module.running_mean -= lost.to(module.running_mean)
@@ -172,14 +175,25 @@ def _module(model: nn.Module, action: Prune) -> nn.Module:
     if not (is_mixing(module) or is_channelwise(module) or isinstance(module, _ConstantPadNd)):
         raise ArgumentError(f"model: {action.layer!r} is a {type(module).__name__}, which has no channels to remove.")
     _check_shape(action, shape_of(module), type(module).__name__)
-    widths = {"outputs": outputs_of(module), "inputs": inputs_of(module) if is_mixing(module) else 0}
-    for side, width in widths.items():
-        kept = getattr(action, side)
-        if kept is not None and (kept[-1:] >= [width] or (not kept and not isinstance(module, _ConstantPadNd))):
-            raise ArgumentError(
-                f"plan: {side} of layer {action.layer!r}: expected some of its channels 0 to {width - 1}, got {kept}."
-            )
+    _check_range(action, "outputs", outputs_of(module), may_vanish=isinstance(module, _ConstantPadNd))
+    _check_range(action, "inputs", inputs_of(module) if is_mixing(module) else 0)
     return module
+
+
+def _check_range(action: Prune, side: str, width: int, *, may_vanish: bool = False) -> None:
+    kept = getattr(action, side)
+    if kept is not None and (kept[-1:] >= [width] or not (kept or may_vanish)):
+        there = f"some of its channels 0 to {width - 1}" if width else "null, as it has none"
+        raise ArgumentError(f"plan: {side} of layer {action.layer!r}: expected {there}, got {kept}.")
+
+
+def _check_means_into(model: nn.Module, module: nn.Module, action: Prune) -> None:
+    taker = find(model, str(action.means_into))
+    if not is_mixing(module) or not (taker is module or isinstance(taker, _BatchNorm)):
+        raise ArgumentError(
+            f"plan: means_into of layer {action.layer!r}: expected null, the layer itself or the batch norm after it, "
+            f"got {action.means_into!r}, a {type(taker).__name__}."
+        )
 
 
 def _check_shape(action: Prune, shape: list[int], what: str) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from pcafast.errors import ArgumentError
 from pcafast.plan.actions import Change, Prune
 from pcafast.plan.budget import Budget, Quantity
-from pcafast.plan.norms import following_norms
 from pcafast.plan.plan import Plan
+from pcafast.plan.positions import positions
 from pcafast.plan.removal import Rules, Scope, blocks_of, remove
 from pcafast.plan.slices import inputs_of, is_mixing, is_transposed, outputs_of
+from pcafast.plan.ties import SIDES, Place
 from pcafast.plan.trace import ExampleInput, Trace, trace
-from pcafast.plan.units import SIDES, Place, Unit, Units, find_units
+from pcafast.plan.units import Unit, Units, find_units
 from pcafast.plan.verify import verify
 from pcafast.plan.widths import Sliced, Widths
 from pcafast.statistics import ChannelMoments, Covariance, Statistic
@@ -59,23 +60,26 @@ def plan_pruning(
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a pcafast.Budget such as Budget(macs=0.5), got {budget!r}.")
     rules = Rules(scope, min_width, round_to)
-    values = _checked_scores(model, scores)
+    values = _checked_scores(model, scores, scope)
     mean_inputs = {} if means is None else _mean_inputs(model, means)
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    traced = trace(model, inputs)
+    before = _costs(model, trace(model, inputs), scores)
+    if not before["macs"]:
+        raise ArgumentError(
+            "example_input: expected one on which some layer multiplies, and the model's forward of it has no MACs."
+        )
     found = find_units(model, inputs)
-    sliced = Sliced(model, found)
-    blocks = blocks_of(found.units, [_score(unit, values) for unit in found.units], sliced.mixing, round_to)
-    costs = sliced.costs(budget.quantity, traced.positions, among=scores.keys())
-    norms = following_norms(model, inputs) if mean_inputs else {}
-    before = _costs(model, traced, scores)
+    sliced = Sliced(model, found, positions(model, inputs))
+    widths_before = {name: outputs for name, (outputs, _) in sliced.widths().items() if name in sliced.mixing}
+    blocks = blocks_of(found.units, [_score(unit, values) for unit in found.units], widths_before, round_to)
+    costs = sliced.costs(budget.quantity, among=scores.keys())
     allowance = target = budget.allowance(before[budget.quantity])
     while True:
         widths = Widths(sliced.widths(), costs, before[budget.quantity])
         gone = remove(blocks, widths, target, sized=sliced.mixing, rules=rules)
         if gone is None:
             raise ArgumentError(_infeasible(budget, widths.cost / before[budget.quantity], rules, scores, found))
-        actions = _actions([found.units[number] for number in gone], sliced, traced, mean_inputs, norms)
+        actions = _actions([found.units[number] for number in gone], sliced, mean_inputs, found.norms)
         tensors = {f"{action.layer}.input_mean": mean_inputs[action.layer] for action in actions if action.means_into}
         pruned = verify(model, Plan(actions), inputs)
         after = _costs(pruned, trace(pruned, inputs), scores)
@@ -90,7 +94,7 @@ def plan_pruning(
     return Plan(actions, asked, reached, _skipped(scores, found), tensors)
 
 
-def _checked_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def _checked_scores(model: nn.Module, scores: Mapping[str, Tensor], scope: Scope) -> dict[str, list[float]]:
     if not scores:
         raise ArgumentError("scores: expected those of at least one layer, got none.")
     modules = {name: module for name, module in model.named_modules() if is_mixing(module)}
@@ -111,6 +115,11 @@ def _checked_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str,
         if not torch.isfinite(score).all():
             bad = int((~torch.isfinite(score)).sum())
             raise ArgumentError(f"scores of layer {name!r}: expected finite numbers, got {bad} NaN or infinities.")
+        if scope == "global" and (score < 0).any():
+            raise ArgumentError(
+                f"scores of layer {name!r}: expected none below 0 with scope='global', which divides them by what "
+                f"their channels save, got {score.min():g}. Subtract the lowest of all layers, or take scope='layer'."
+            )
     return {name: score.detach().double().cpu().tolist() for name, score in scores.items()}
 
 
@@ -151,14 +160,14 @@ def _costs(model: nn.Module, traced: Trace, scores: Mapping[str, Tensor]) -> dic
 
 
 def _actions(
-    gone: Sequence[Unit], sliced: Sliced, traced: Trace, mean_inputs: Mapping[str, Tensor], norms: Mapping[str, str]
+    gone: Sequence[Unit], sliced: Sliced, mean_inputs: Mapping[str, Tensor], norms: Mapping[str, str]
 ) -> list[Prune]:
     """What to do to every module that loses channels, in the model's order."""
     removed: dict[Place, set[int]] = defaultdict(set)
     for unit in gone:
         for place, indices in unit.items():
             removed[place].update(indices)
-    macs, params = (sliced.costs(quantity, traced.positions) for quantity in ("macs", "params"))
+    macs, params = (sliced.costs(quantity) for quantity in ("macs", "params"))
     actions = []
     for name, widths in sliced.widths().items():
         kept = [_kept(width, removed[Place(name, side)]) for width, side in zip(widths, SIDES, strict=True)]
@@ -199,5 +208,6 @@ def _infeasible(budget: Budget, least: float, rules: Rules, scores: Mapping[str,
 
 
 def _skipped(scores: Mapping[str, Tensor], found: Units) -> dict[str, str]:
-    idle = {name: "the forward of the example input does not reach it" for name in scores if name not in found.reached}
+    why = "the forward of the example input does not reach it, or uses its weight without calling it"
+    idle = {name: why for name in scores if name not in found.reached}
     return {name: found.obstacles[name] for name in scores if name in found.obstacles} | idle

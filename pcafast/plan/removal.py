@@ -3,13 +3,14 @@
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
 from pcafast.errors import ArgumentError
-from pcafast.plan.units import Place, Unit
+from pcafast.plan.ties import Place
+from pcafast.plan.units import Unit
 from pcafast.plan.widths import Counts, Widths
 
 Scope = Literal["global", "layer"]
@@ -57,7 +58,9 @@ Block = list[Chunk]
 """The chunks of units that lie in the same places, in the order in which they would go."""
 
 
-def blocks_of(units: Sequence[Unit], scores: Sequence[float | None], sized: set[str], round_to: int) -> list[Block]:
+def blocks_of(
+    units: Sequence[Unit], scores: Sequence[float | None], widths: Mapping[str, int], round_to: int
+) -> list[Block]:
     """The units with scores, by the places they lie in, cut into chunks.
 
     Ties go to the last channel, so that of equal ones the first are kept.
@@ -65,20 +68,26 @@ def blocks_of(units: Sequence[Unit], scores: Sequence[float | None], sized: set[
     Args:
         units: all of them.
         scores: of each unit, or None if it must stay.
-        sized: names of the layers whose widths are to be multiples.
+        widths: output channels of the layers whose widths are to be multiples.
         round_to: the widths' divisor; what cannot be brought to a multiple of it stays.
     """
-    by_places: dict[tuple[Place, ...], list[int]] = defaultdict(list)
+    by_places: dict[tuple[tuple[Place, int], ...], list[int]] = defaultdict(list)
     for number, (unit, score) in enumerate(zip(units, scores, strict=True)):
         if score is not None:
-            by_places[tuple(sorted(place for place in unit if place.name in sized))].append(number)
+            places = sorted((place, len(indices)) for place, indices in unit.items() if place.name in widths)
+            by_places[tuple(places)].append(number)
+    outputs = [{place.name: count for place, count in places if place.side == "output"} for places in by_places]
+    sharing = Counter(name for one in outputs for name in one)
     blocks = []
-    for members in by_places.values():
+    for counts, members in zip(outputs, by_places.values(), strict=True):
         # By score and from the last to the first; the order is the same whatever the sorting.
         ordered = sorted(members, key=lambda number: (scores[number], -number))
-        width = max(len(indices) for place, indices in units[members[0]].items() if place.side == "output")
-        step = round_to // math.gcd(round_to, width)
-        bounds = [0, *range(len(ordered) % step or step, len(ordered) + 1, step)] if len(ordered) >= step else []
+        step = math.lcm(*(round_to // math.gcd(round_to, count) for count in counts.values()))
+        firsts = (n for n in range(1, step + 1) if all((widths[c] - n * counts[c]) % round_to == 0 for c in counts))
+        first = next(firsts, 0)
+        # A first chunk that makes widths even would make them odd again after that of another block.
+        fits = first == step or (first and all(sharing[name] == 1 for name in counts))
+        bounds = [0, *range(first, len(ordered) + 1, step)] if fits else []
         blocks.append([_chunk(ordered[a:b], units, scores) for a, b in pairwise(bounds)])
     return blocks
 
@@ -127,7 +136,7 @@ def remove(
         gone[block] += 1
         if gone[block] < len(blocks[block]):
             heapq.heappush(waiting, (value(block, gone[block]), block))
-    _put_back(blocks, gone, widths, allowance)
+    _put_back(blocks, gone, widths, allowance, at_most=1 if rules.scope == "layer" else None)
     return [
         unit for chunks, count in zip(blocks, gone, strict=True) for chunk in chunks[:count] for unit in chunk.units
     ]
@@ -138,13 +147,15 @@ def _leaves(widths: Widths, counts: Counts, sized: set[str], min_width: int) -> 
     return all(widths.outputs(name) - count >= min_width for name, count in outputs)
 
 
-def _put_back(blocks: Sequence[Block], gone: list[int], widths: Widths, allowance: int) -> None:
+def _put_back(blocks: Sequence[Block], gone: list[int], widths: Widths, allowance: int, *, at_most: int | None) -> None:
+    """Those with the highest scores first; of each block at most so many chunks, if that is given."""
+
     def last(block: int) -> Chunk:
         return blocks[block][gone[block] - 1]
 
     candidates: Iterable[int] = sorted((b for b, count in enumerate(gone) if count), key=lambda b: -last(b).score)
     for block in candidates:
-        while gone[block]:
+        for _ in range(gone[block])[:at_most]:
             back = {place: -count for place, count in last(block).counts.items()}
             if widths.cost - widths.saving(back) > allowance:
                 break

@@ -22,7 +22,9 @@ def is_mixing(module: object) -> TypeGuard[Mixing]:
 
 def is_channelwise(module: object) -> TypeGuard[Channelwise]:
     """Whether it holds numbers for each channel, without mixing channels."""
-    return isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm | nn.PReLU)
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    return isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm)
 
 
 def outputs_of(module: nn.Module) -> int:

@@ -1,11 +1,11 @@
 """The model as the dependency graph is to see it: its inputs, outputs and paddings of channels told by layers.
 
 A graph of layers knows nothing of where the model ends, and takes a padding of channels for an element-wise operation.
-So a layer is put before every input and after every output, and a padding becomes the concatenation that it is,
-with two layers in the place of the zeros.
+So layers are put beside every input and after every output, and a padding becomes the concatenation that it is, with
+two layers in the place of the zeros. As all of these layers are zero, the model computes what it always does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,30 +23,31 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
     4: nn.Conv2d,
     5: nn.Conv3d,
 }
+_PADDINGS = {"pad": ("input", "pad", "mode", "value"), "constant_pad_nd": ("input", "pad", "value")}
 
 
 class Surrounded(nn.Module):
     """A model between stand-ins.
 
     Attributes:
-        stems: layers before the inputs.
-        heads: layers after the outputs.
+        stems: for each input, the layers whose outputs are added to it.
+        heads: for each output, the layers that it goes into.
         pads: the paddings of channels, in the order of their calls.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.model = model
-        self.stems = nn.ModuleList(_layer_on(one, same_width=True) for one in inputs)
+        self.stems = nn.ModuleList(_layers_on(one, same_width=True) for one in inputs)
         watch = _ChannelPads(self.model)
         with evaluating(model), torch.no_grad(), watch.named(), watch:
             outputs = model(*inputs)
         self.pads = nn.ModuleList(watch.pads)
-        self.heads = nn.ModuleList(_layer_on(leaf, same_width=False) for leaf in _tensors(outputs))
+        self.heads = nn.ModuleList(_layers_on(leaf, same_width=False) for leaf in _tensors(outputs))
 
     def forward(self, *inputs: Any) -> list[Tensor]:
         """What the heads make of the model's outputs."""
-        inputs = tuple(stem(one) for stem, one in zip(self.stems, inputs, strict=True))
+        inputs = tuple(sum((layer(x) for layer in stem), x) for stem, x in _pairs(self.stems, inputs))
         with _Replaced(self.pads):
             outputs = _tensors(self.model(*inputs))
         if not outputs or not all(output.requires_grad for output in outputs):
@@ -54,7 +55,7 @@ class Surrounded(nn.Module):
                 "model: expected an output that autograd can follow back to the parameters, since the graph is read "
                 "off it; some output is detached, or made outside of torch. plan_low_rank needs no graph."
             )
-        return [head(output) for head, output in zip(self.heads, outputs, strict=True)]
+        return [out for head, x in _pairs(self.heads, outputs) for out in [layer(x) for layer in head] or [x]]
 
 
 class ChannelPad(nn.Module):
@@ -76,35 +77,23 @@ class ChannelPad(nn.Module):
         return torch.cat([part for part in parts.values() if part is not None], 1)
 
 
-class _Sum(nn.Module):
-    """Layers side by side: of three dimensions, either of two may be that of the channels."""
-
-    def __init__(self, parts: list[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Any:
-        """The sum of what they make of the input."""
-        return sum(part(x) for part in self.parts)
-
-
 class _Pads(TorchFunctionMode):
     """Sees every padding with constants that adds channels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ("pad", "constant_pad_nd"):
+        names = _PADDINGS.get(getattr(func, "__name__", ""))
+        if names is None:
             return func(*args, **kwargs)
-        named = {**dict(zip(("input", "pad", "mode", "value"), args, strict=False)), **kwargs}
-        x, pad = named["input"], list(named["pad"])
-        if len(pad) < 2 * (x.ndim - 1) or x.ndim not in _CONVOLUTIONS or min(pad[2 * x.ndim - 4 :][:2]) < 0:
-            return func(*args, **kwargs)
+        rest = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, pad = rest.pop("input"), list(rest.pop("pad"))
         place = 2 * x.ndim - 4
-        before, after = pad[place : place + 2]
+        added = pad[place : place + 2]
+        constant = rest.get("mode", "constant") == "constant"
+        if x.ndim not in _CONVOLUTIONS or not constant or len(added) < 2 or min(added) < 0:
+            return func(*args, **kwargs)
         pad[place : place + 2] = [0, 0]
-        rest = {key: value for key, value in named.items() if key not in ("input", "pad")}
-        spatial = func(x, pad, **rest)
-        return self.padded(spatial, before, after)
+        return self.padded(func(x, pad, **rest), *added)
 
     def padded(self, x: Tensor, before: int, after: int) -> Tensor:
         raise NotImplementedError
@@ -158,17 +147,28 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _layer_on(x: Any, *, same_width: bool) -> nn.Module:
-    """A layer over the channels of such a tensor; nothing where there are none."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or x.ndim > 5:
-        return nn.Identity()
-    parts = []
-    if x.ndim > 2:
-        parts.append(_convolution(x, x.shape[1] if same_width else 1))
-    if x.ndim < 4:
-        parts.append(nn.Linear(x.shape[-1], x.shape[-1] if same_width else 1, device=x.device, dtype=x.dtype))
-    return _Sum(parts)
+def _pairs(layers: nn.ModuleList, tensors: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(layers, tensors, strict=True)
+
+
+def _layers_on(x: Any, *, same_width: bool) -> nn.ModuleList:
+    """Layers over the channels of such a tensor, if it has any: of three dimensions, either of two may be theirs."""
+    layers = nn.ModuleList()
+    if isinstance(x, Tensor) and x.is_floating_point():
+        if x.ndim in _CONVOLUTIONS:
+            layers.append(_convolution(x, x.shape[1] if same_width else 1))
+        if 0 < x.ndim < 4:
+            layers.append(_zero(nn.Linear, x.shape[-1], x.shape[-1] if same_width else 1, like=x))
+    return layers
 
 
 def _convolution(x: Tensor, width: int) -> nn.Module:
-    return _CONVOLUTIONS[x.ndim](x.shape[1], width, 1, device=x.device, dtype=x.dtype)
+    return _zero(_CONVOLUTIONS[x.ndim], x.shape[1], width, 1, like=x)
+
+
+def _zero(kind: type[nn.Module], *sizes: int, like: Tensor) -> nn.Module:
+    # Without the initialisation, which would draw random numbers.
+    layer: nn.Module = nn.utils.skip_init(kind, *sizes, device=like.device, dtype=like.dtype)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

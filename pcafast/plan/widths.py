@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pcafast.plan.budget import Quantity
 from pcafast.plan.slices import inputs_of, is_mixing, outputs_of, params_at, shape_of, weights_at
-from pcafast.plan.units import Place, Units
+from pcafast.plan.ties import Place
+from pcafast.plan.units import Units
 
 Counts = Mapping[Place, int]
 """Numbers of channels, by place."""
@@ -19,15 +20,21 @@ CostOf = Callable[[int, int], int]
 class Sliced:
     """What can lose channels: modules, and parameters of no known module, by name, in the model's order.
 
+    Args:
+        model: whose they are.
+        found: what can be removed of it.
+        positions: for layers that multiply, how often they do, over the whole example input.
+
     Attributes:
         mixing: names of the linear layers and convolutions.
     """
 
-    def __init__(self, model: nn.Module, found: Units) -> None:
+    def __init__(self, model: nn.Module, found: Units, positions: Mapping[str, int]) -> None:
         names = {place.name for unit in found.units for place in unit}
         self._modules = {name: module for name, module in model.named_modules() if name in names}
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
         self._dims = found.parameter_dims
+        self._positions = positions
         self.mixing = {name for name, module in self._modules.items() if is_mixing(module)}
 
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -50,22 +57,18 @@ class Sliced:
         """Whether it has a bias to add to."""
         return getattr(self._modules[name], "bias", None) is not None
 
-    def costs(
-        self, quantity: Quantity, positions: Mapping[str, int], *, among: Collection[str] | None = None
-    ) -> dict[str, CostOf]:
+    def costs(self, quantity: Quantity, *, among: Collection[str] = ()) -> dict[str, CostOf]:
         """The cost of each, if any.
 
         Args:
             quantity: what is counted.
-            positions: for layers that multiply, output pixels or tokens over the whole example input.
             among: layers whose channels are counted.
         """
         if quantity == "channels":
-            return dict.fromkeys(among or (), _outputs)
+            return dict.fromkeys(among, _outputs)
         if quantity == "macs":
-            return {
-                name: partial(_macs, self._modules[name], positions[name]) for name in self.mixing & positions.keys()
-            }
+            running = self.mixing & self._positions.keys()
+            return {name: partial(_macs, self._modules[name], self._positions[name]) for name in running}
         own: dict[str, CostOf] = {name: partial(params_at, module) for name, module in self._modules.items()}
         return own | {name: partial(_numbers, one, self._dims[name]) for name, one in self._parameters.items()}
 
