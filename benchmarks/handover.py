@@ -21,7 +21,7 @@ from pcafast.models import build
 from pcafast.progress import track
 
 DATA = Path(os.environ["PCAFAST_DATA"])
-BEFORE, AFTER, SEEDS = 60, 20, 5
+BEFORE, AFTER, SEEDS = 40, 20, 3
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, what: str) -> list[float]:

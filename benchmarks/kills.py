@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def content(folder: Path) -> dict[str, Any]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"report": report}
 
 
+def killed(process: subprocess.Popen[bytes], moment: float) -> bool:
+    """Kill the command after so many seconds; whether it was still running then."""
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
 def kills(number: int, work: Path) -> dict[str, Any]:
     """Every kill, and whether the result was the same."""
     for split, images in IMAGES.items():
@@ -72,22 +81,22 @@ def kills(number: int, work: Path) -> dict[str, Any]:
     moments, rows = random.Random(0), []
     for kill in track(range(number), "killed and resumed"):
         method, folder = METHODS[kill % len(METHODS)], work / f"killed {kill}"
-        process, moment = start(work, method, folder), moments.uniform(*SHARES) * seconds[method]
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        moment = moments.uniform(*SHARES) * seconds[method]
+        while not killed(start(work, method, folder), moment):
+            # It was done before, since the machine has got faster.
+            shutil.rmtree(folder)
+            moment *= 0.7
         left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         finish(start(work, method, folder))
         rows.append(
             {
                 "method": method,
                 "killed_after_seconds": moment,
-                "was_killed": process.returncode == -signal.SIGKILL,
                 "left_in_the_folder": left,
                 "identical": content(folder) == expected[method],
             }
         )
-    identical = sum(row["identical"] and row["was_killed"] for row in rows)
+    identical = sum(row["identical"] for row in rows)
     return {"kills": number, "identical": identical, "seconds_of_a_whole_run": seconds, "rows": rows}
 
 

@@ -181,3 +181,35 @@ def test_model_that_is_not_the_smaller_one_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"small: expected the model that plan\.apply returned"):
         pcafast.rebind_optimizer(optimizer, pruning(model, x), model, nn.Linear(2, 2))
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_smaller_model_of_another_plan_is_refused() -> None:
+    model, optimizer, x = trained("sgd")
+    other = pcafast.plan_pruning(model, {"conv1": torch.rand(8)}, budget=pcafast.Budget(channels=0.5), example_input=x)
+    before = [id(p) for p in optimizer.param_groups[0]["params"]]
+    with pytest.raises(ArgumentError, match=r"'bn.bias' of shape \(5,\), found \(4,\)"):
+        pcafast.rebind_optimizer(optimizer, pruning(model, x), model, other.apply(model))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == before
+    assert all(id(parameter) in before for parameter in optimizer.state)
+
+
+def test_state_of_another_shape_than_the_parameter_is_forgotten() -> None:
+    """Adafactor keeps rows and columns of matrices; of vectors as much as they hold."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 8, 8)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    step(model, optimizer, x)
+    old = optimizer.state[model.bn.weight]["variance"]
+    plan = pruning(model.eval(), x)
+    small = plan.apply(model)
+    pcafast.rebind_optimizer(optimizer, plan, model, small)
+    assert small.conv1.weight not in optimizer.state
+    assert torch.equal(optimizer.state[small.bn.weight]["variance"], old[[0, 2, 3, 5, 6]])
+    step(small, optimizer, x)
+
+
+def test_optimizer_that_sees_all_parameters_as_one_is_refused() -> None:
+    model, _, x = trained("sgd")
+    plan = pruning(model, x)
+    with pytest.raises(ArgumentError, match=r"LBFGS sees them as one vector.*torch\.optim\.LBFGS\(small"):
+        pcafast.rebind_optimizer(torch.optim.LBFGS(model.parameters()), plan, model, plan.apply(model))

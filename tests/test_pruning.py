@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from masking import masked_outputs, randomised, scores_of
 from torch import Tensor, nn
 
 import pcafast
@@ -12,56 +13,6 @@ from pcafast.errors import ArgumentError
 from pcafast.models import build
 from pcafast.plan.ties import Place
 from pcafast.plan.units import find_units
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """With batch norms that are not the identity, so that nothing about them can be forgotten."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight, module.running_var):
-                if tensor is not None:
-                    tensor.data.uniform_(0.5, 2, generator=generator)
-            for tensor in (module.bias, module.running_mean):
-                if tensor is not None:
-                    tensor.data.normal_(generator=generator)
-    return model.eval()
-
-
-def scores_of(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(module.weight.shape[0], generator=generator)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    }
-
-
-def masked_outputs(model: nn.Module, plan: pcafast.Plan, x: Tensor) -> Tensor:
-    """The whole model, with the outputs of removed channels multiplied by zero after each layer that loses them.
-
-    Written from the forward's point of view: a removed channel, whatever its norm adds to it, is not there for anyone.
-    """
-    gone = {action.layer: action for action in plan.actions}
-    handles = []
-
-    def zero_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        kept = gone[names[module]].inputs
-        mask = torch.zeros(args[0].shape[-1 if isinstance(module, nn.Linear) else 1], dtype=args[0].dtype)
-        mask[kept] = 1
-        return (args[0] * mask.view(-1, *[1] * (0 if isinstance(module, nn.Linear) else args[0].ndim - 2)),)
-
-    names = {module: name for name, module in model.named_modules()}
-    for name, action in gone.items():
-        module = model.get_submodule(name)
-        if action.inputs is not None:
-            handles.append(module.register_forward_pre_hook(zero_inputs))
-    try:
-        with torch.no_grad():
-            return model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ConvNet(nn.Module):

@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from pcafast.errors import ArgumentError
 from pcafast.plan import LowRank, Plan
@@ -18,10 +18,11 @@ def rebind_optimizer(
 
     Parameters stay in their groups, with the groups' options; those that are new, such as factors, join the group of
     the layer they come from. What the optimizer remembers of a pruned parameter, such as momenta, is cut like the
-    parameter; of a factorised one it is forgotten. Parameters of other models stay as they are.
+    parameter; it is forgotten of a factorised one, and where it has another shape than the parameter, as Adafactor's.
+    Parameters of other models stay as they are.
 
     Args:
-        optimizer: of ``torch.optim`` or of that kind.
+        optimizer: of ``torch.optim``, other than LBFGS, or of that kind.
         plan: that was applied.
         model: that it was applied to.
         small: that it returned.
@@ -31,6 +32,11 @@ def rebind_optimizer(
         ArgumentError: the optimizer owns no parameter of the model, or the models are not those of the plan. The
             optimizer is as it was.
     """
+    if isinstance(optimizer, LBFGS):
+        raise ArgumentError(
+            "optimizer: expected one that treats parameters apart; LBFGS sees them as one vector, which cannot be cut. "
+            "Make a new one: torch.optim.LBFGS(small.parameters())."
+        )
     old = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in old.items()}
     new = dict(small.named_parameters())
@@ -40,12 +46,8 @@ def rebind_optimizer(
             "optimizer: expected one that owns the parameters of the model, and it owns none of them. Was it made for "
             "another model, or for a copy of this one?"
         )
+    _check_small(plan.apply_structure(model), small)
     joining = _joining(old, new)
-    if lost := {name for name in owned - new.keys() if not joining.get(name)}:
-        raise ArgumentError(
-            f"small: expected the model that plan.apply returned, and it has nothing of {min(lost)!r} and "
-            f"{len(lost) - 1} other parameters of the model."
-        )
     states = _cut_states(optimizer, plan, model, new) if keep_state else {}
     groups = []
     for group in optimizer.param_groups:
@@ -63,6 +65,16 @@ def rebind_optimizer(
         group["params"] = parameters
     for name, state in states.items():
         optimizer.state[new[name]] = state
+
+
+def _check_small(expected: nn.Module, small: nn.Module) -> None:
+    shapes, found = ({name: tuple(p.shape) for name, p in one.named_parameters()} for one in (expected, small))
+    if shapes != found:
+        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise ArgumentError(
+            f"small: expected the model that plan.apply returned, with a parameter {name!r} of shape "
+            f"{shapes.get(name, 'none')}, found {found.get(name, 'none')}."
+        )
 
 
 def _joining(old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
@@ -104,4 +116,13 @@ def _cut_states(
         cut = dict(plan.apply_structure(shadow).named_parameters()) if shaped else {}
         for name in shaped:
             states[name][key] = cut[name].detach()
-    return {name: state for name, state in states.items() if name in new}
+    old = dict(model.named_parameters())
+    return {
+        name: state
+        for name, state in states.items()
+        if name in new and (old[name].shape == new[name].shape or _has_shape(state, new[name]))
+    }
+
+
+def _has_shape(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    return all(value.shape == parameter.shape for value in state.values() if isinstance(value, Tensor) and value.ndim)

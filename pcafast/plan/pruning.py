@@ -43,7 +43,8 @@ def plan_pruning(
     Args:
         model: it is traced on a copy, in evaluation mode, and stays as it is.
         scores: for each layer to consider, one number (C,) per output channel, the higher the more it matters: those of
-            ``pcafast.scores``, or any others. Scores of different layers are compared with each other.
+            ``pcafast.scores``, or any others. Scores of different layers are compared with each other. With the global
+            scope they are at least 0.
         budget: a share of the whole model's MACs or parameters, or of the channels of the layers with scores.
         example_input: a small batch, or a tuple of the arguments of forward.
         scope: "global" removes channels wherever they have the lowest score for what they save; "layer" removes the
@@ -91,7 +92,9 @@ def plan_pruning(
         quantity: {"before": whole, "after": after[quantity], "share": after[quantity] / whole}
         for quantity, whole in before.items()
     }
-    return Plan(actions, asked, reached, _skipped(scores, found), tensors)
+    losing = {action.layer for action in actions if action.outputs}
+    skipped = {name: why for name, why in _skipped(scores, found).items() if name not in losing}
+    return Plan(actions, asked, reached, skipped, tensors)
 
 
 def _checked_scores(model: nn.Module, scores: Mapping[str, Tensor], scope: Scope) -> dict[str, list[float]]:

@@ -27,7 +27,6 @@ class Place(NamedTuple):
 
 
 Channel = tuple[Place, int]
-Grouping = Mapping[Any, Mapping[Side, int]]
 
 # Names of what is not in the model start with a "#", which no name of a module does.
 END, PAD_IN_CODE, LOST, OPERATION = "#end", "#pad", "#lost", "#operation"
@@ -70,16 +69,28 @@ class Names:
 
 
 class _Edge(NamedTuple):
-    """A dependency between two nodes, with the sides that it joins."""
+    """From one node to another.
 
-    dependency: Any
+    Attributes:
+        side: of the node that it starts from.
+        target: the other node.
+        target_side: its side.
+        shift: what is added to the number of a channel on the way.
+        here: the numbers that go this way, if not all do: those of one input of a concatenation.
+        there: the numbers that they can have there, if not any.
+    """
+
     side: Side
     target: Any
     target_side: Side
+    shift: int
+    here: range | None
+    there: range | None
 
 
 def ties(nodes: Sequence[Any], names: Names) -> Iterator[tuple[Channel, Channel]]:
     """Pairs of channels of which none can be removed without the other."""
+    edges = _edges(nodes)
     grouping = {node: _grouping(node) for node in nodes}
     lost: set[tuple[Any, Side]] = {(node, "output") for node in nodes if _cuts(node)}
     widest = max((width for node in nodes for side in SIDES if (width := _width(node, side))), default=0)
@@ -99,12 +110,13 @@ def ties(nodes: Sequence[Any], names: Names) -> Iterator[tuple[Channel, Channel]
             yield from _tied_by_groups(node, names)
     while waiting:
         node, side, indices = waiting.pop()
-        for edge in _edges(node):
+        for edge in edges[node]:
             if is_mixing(node.module) and edge.side != side:
                 continue
+            pairs = _followed(indices, edge, grouping[node][edge.side], grouping[edge.target][edge.target_side])
             width = _width(edge.target, edge.target_side)
-            pairs = _followed(indices, edge, grouping)
-            inside = [pair for pair in pairs if pair[1] < (widest if width is None else width)]
+            possible = edge.there or range(widest if width is None else width)
+            inside = [pair for pair in pairs if pair[1] in possible]
             if len(inside) < len(pairs):
                 lost.add((node, side))
             (here, first), (there, first_there) = names.place(node, side), names.place(edge.target, edge.target_side)
@@ -117,11 +129,27 @@ def ties(nodes: Sequence[Any], names: Names) -> Iterator[tuple[Channel, Channel]
             yield (here, first + index), (Place(f"{LOST} {node.grad_fn.name()}", "output"), 0)
 
 
-def _edges(node: Any) -> Iterator[_Edge]:
-    """The node's dependencies: first those of its inputs, as built."""
-    for number, dependency in enumerate(node.dependencies):
-        sides: tuple[Side, Side] = ("input", "output") if number < len(node.inputs) else ("output", "input")
-        yield _Edge(dependency, sides[0], dependency.target, sides[1])
+def _edges(nodes: Sequence[Any]) -> Mapping[Any, list[_Edge]]:
+    """The edges from each node, to its inputs and to its outputs."""
+    edges: dict[Any, list[_Edge]] = defaultdict(list)
+    for node in nodes:
+        first = 0
+        for source, size in zip(node.inputs, _concatenated(node), strict=True):
+            numbers = None if size is None else range(first, first + size)
+            edges[source].append(_Edge("output", node, "input", first, here=None, there=numbers))
+            edges[node].append(_Edge("input", source, "output", -first, here=numbers, there=None))
+            first += size or 0
+    return edges
+
+
+def _concatenated(node: Any) -> Sequence[int | None]:
+    """The channels of each input, if the node puts them side by side."""
+    sizes = getattr(node.module, "concat_sizes", None)
+    if sizes and None not in sizes:
+        shape, dim = node.grad_fn._input_metadata[0].shape, node.grad_fn._saved_dim
+        if sum(sizes) == shape[dim if dim < len(shape) else dim - 2**64]:  # saved without a sign
+            return list(sizes)
+    return [None] * len(node.inputs)
 
 
 def _width(node: Any, side: Side) -> int | None:
@@ -134,18 +162,12 @@ def _width(node: Any, side: Side) -> int | None:
     return outputs_of(module) if is_channelwise(module) else None
 
 
-def _followed(indices: Sequence[int], edge: _Edge, grouping: Grouping) -> list[tuple[int, int]]:
-    """The channels, each with the numbers that it has at the other end."""
-    from torch_pruning._helpers import _HybridIndex
-    from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
-
-    group = grouping[edge.dependency.source][edge.side]
-    mapped = [_HybridIndex(idx=index // group, root_idx=index) for index in indices]
-    for mapping in edge.dependency.index_mapping:
-        if isinstance(mapping, _ConcatIndexMapping):
-            mapped = mapping(mapped)
-    group = grouping[edge.target][edge.target_side]
-    return [(one.root_idx, number) for one in mapped for number in range(one.idx * group, (one.idx + 1) * group)]
+def _followed(indices: Iterable[int], edge: _Edge, group: int, group_there: int) -> list[tuple[int, int]]:
+    """The channels that go this way, each with the numbers that it has at the other end."""
+    numbers = [(index, index // group + edge.shift) for index in indices if edge.here is None or index in edge.here]
+    return [
+        (index, other) for index, number in numbers for other in range(number * group_there, (number + 1) * group_there)
+    ]
 
 
 def _grouping(node: Any) -> Mapping[Side, int]:

@@ -168,16 +168,21 @@ class _Sets:
 
 
 def _unfit_modules(model: nn.Module) -> dict[str, str]:
-    """Modules that channels cannot be cut out of, and why."""
+    """Modules that channels cannot be cut out of, and their parameters, and why."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    return {name: reason for name, module in model.named_modules() if (reason := _unfit(module, owners))}
+    unfit: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if reason := _unfit(module, owners):
+            parameters = (full for full, _ in module.named_parameters(name, recurse=False))
+            unfit |= dict.fromkeys((name, *parameters), reason)
+    return unfit
 
 
 def _unfit(module: nn.Module, owners: Counter[int]) -> str | None:
     own = dict(module.named_parameters(recurse=False))
     if not is_mixing(module) and not is_channelwise(module):
-        listed = isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Embedding)
-        return f"channels of a {type(module).__name__} cannot be removed" if listed else None
+        listed = isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Embedding | nn.RMSNorm)
+        return f"channels of nn.{type(module).__name__} cannot be removed" if listed else None
     if any(owners[id(parameter)] > 1 for parameter in own.values()):
         return "it shares its weight or bias with another layer"
     if is_mixing(module) and "weight" not in own:
