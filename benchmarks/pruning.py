@@ -1,10 +1,10 @@
 """A ResNet-56 with half its MACs: its accuracy by criterion, and by what is done once the channels are gone.
 
 Every criterion removes channels by the same rules: wherever the scores are lowest for the MACs they save, with widths
-that are multiples of 8; once more by Taylor scores with multiples of 16, the floats of one AVX-512 register. Accuracies
-are of all 10,000 CIFAR-10 test images; statistics, means and batch norms come from the same 1,024 training images. The
-retrained networks are those with batch norms re-estimated. Every row has a process and a thread of its own; times are
-measured at the end, in turns.
+that are multiples of 8; and by Taylor scores with multiples of 16, the floats of one AVX-512 register. Accuracies are
+of all 10,000 CIFAR-10 test images; statistics, means and batch norms come from the same 1,024 training images. The
+retrained networks are those with batch norms re-estimated. Every row has a process and a thread of its own; the times
+of all rows are measured at the end, in turns.
 
 PCAFAST_DATA names a folder with cifar10-{train,test}.npz and resnet56-4bfd9763.th.
 """
@@ -136,9 +136,18 @@ def accuracies(row: str, epochs: int) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=2, help="of retraining; 0 for none")
-    epochs = parser.parse_args().epochs
+    parser.add_argument(
+        "--only", nargs="*", default=list(COMPARED), help="rows to measure the accuracy of anew; none for times alone"
+    )
+    arguments = parser.parse_args()
+    epochs, only = arguments.epochs, arguments.only
+    found = {}
+    if set(only) < set(COMPARED):
+        before = results.read("pruning")
+        assert before["epochs"] == epochs, "the other rows were retrained for another number of epochs"
+        found = {row: one["accuracy"] for row, one in before["rows"].items()}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip(COMPARED, pool.map(partial(accuracies, epochs=epochs), COMPARED), strict=True))
+        found |= dict(zip(only, pool.map(partial(accuracies, epochs=epochs), only), strict=True))
     bench = Bench(epochs)
     found["original"] = {"no retraining": bench.accuracy(bench.model, "original")}
     rows = {row: {"accuracy": found[row], **costs} for row, costs in bench.costs().items()}

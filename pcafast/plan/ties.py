@@ -63,8 +63,8 @@ class Names:
         if (thing, side) in self._seen:
             name, first = self._seen[thing, side]
             return Place(name, "output"), first
-        real = thing in self.of and (not isinstance(node.module, nn.PReLU) or is_channelwise(node.module))
-        name = self.of[thing] if real else f"{OPERATION} {thing}"
+        one_slope = isinstance(node.module, nn.PReLU) and not is_channelwise(node.module)
+        name = f"{OPERATION} {thing}" if one_slope else self.of.get(thing, f"{OPERATION} {thing}")
         return Place(name, side if is_mixing(node.module) else "output"), 0
 
 
@@ -111,7 +111,7 @@ def ties(nodes: Sequence[Any], names: Names) -> Iterator[tuple[Channel, Channel]
     while waiting:
         node, side, indices = waiting.pop()
         for edge in edges[node]:
-            if is_mixing(node.module) and edge.side != side:
+            if (node, side) in lost or (is_mixing(node.module) and edge.side != side):
                 continue
             pairs = _followed(indices, edge, grouping[node][edge.side], grouping[edge.target][edge.target_side])
             width = _width(edge.target, edge.target_side)

@@ -100,8 +100,8 @@ def _ignore_inputs(module: nn.Module, kept: list[int]) -> None:
 
 
 def _telling(example: Any) -> Any:
-    """Noise in the place of an example that is the same everywhere: from zeros, many models make nothing but zeros."""
-    if not isinstance(example, Tensor) or not example.is_floating_point() or example.is_meta:
+    """Noise in the place of activations that are the same everywhere: of zeros, many models make nothing but zeros."""
+    if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or example.is_meta:
         return example
     if (example != example.flatten()[:1]).any():
         return example
