@@ -9,9 +9,29 @@ from torch import Tensor
 import pcafast  # noqa: F401  registers the operators
 
 SHAPES = [
-    (1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (7, 7), (8, 8), (9, 9), (14, 14), (16, 16), (17, 31), (28, 28),
-    (32, 32), (33, 33), (56, 56), (64, 48), (112, 112),
-]  # fmt: skip
+    (1, 1),
+    (1, 9),
+    (9, 1),
+    (2, 2),
+    (3, 5),
+    (7, 7),
+    (8, 8),
+    (9, 9),
+    (14, 14),
+    (16, 16),
+    (17, 31),
+    (28, 28),
+    (32, 32),
+    (33, 33),
+    (56, 56),
+    (64, 48),
+    (64, 64),
+    (65, 65),
+    (90, 67),
+    (66, 80),
+    (112, 112),
+]
+LARGE = SHAPES[-4:]  # by way of their Gram matrices, at the default rtol
 DEFAULT = "default"
 RTOLS = [DEFAULT, 1e-3, 1e-9, 0.0]
 
@@ -81,18 +101,20 @@ def test_exact_rank_of_integer_maps(dtype: torch.dtype, generator: torch.Generat
         assert (rank((left @ right).to(dtype)) == inner).all()
 
 
-def test_large_map(generator: torch.Generator) -> None:
-    assert_counts_singular_values(low_rank_maps(224, 224, generator)[:1, 3:6].float())
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (512, 512), (512, 300), (129, 512), (1, 512), (512, 3)])
+def test_largest_maps(height: int, width: int, generator: torch.Generator) -> None:
+    assert_counts_singular_values(low_rank_maps(height, width, generator)[:1, -3:].float())
 
 
 @given(
-    shape=st.sampled_from(SHAPES[:-3]),
-    rtol=st.sampled_from([None, 1e-2, 1e-3, 1e-6, 1e-9, 1e-12]),
+    shape=st.sampled_from(SHAPES + 2 * LARGE),
+    # Of a square as large as 100 x 100 the Gram matrix is still used at 7e-6.
+    rtol=st.sampled_from([None, 1e-2, 1e-3, 7e-6, 1e-6, 1e-9, 1e-12]),
     scale=st.sampled_from([1e-280, 1e-20, 1.0, 1e15, 1e280]),
     absolute=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_singular_values_around_the_threshold(
     shape: tuple[int, int], rtol: float | None, scale: float, absolute: bool, seed: int
 ) -> None:
@@ -150,15 +172,19 @@ def test_constant_maps(height: int, width: int, rtol: float | str) -> None:
         (torch.float64, 1e-300), (torch.float64, 1e300), (torch.float16, 2.0**-20), (torch.bfloat16, 1e-39),
     ],
 )  # fmt: skip
-def test_extreme_magnitudes(dtype: torch.dtype, scale: float, generator: torch.Generator) -> None:
-    maps = (low_rank_maps(9, 12, generator) * scale).to(dtype)
+@pytest.mark.parametrize(("height", "width"), [(9, 12), (67, 70)])
+def test_extreme_magnitudes(
+    dtype: torch.dtype, scale: float, height: int, width: int, generator: torch.Generator
+) -> None:
+    maps = (low_rank_maps(height, width, generator) * scale).to(dtype)
     maps[0, 0] = 0
     maps[0, 1] = 1
     assert_counts_singular_values(maps)
 
 
-def test_nonfinite_maps_leave_their_neighbours_alone(generator: torch.Generator) -> None:
-    clean = low_rank_maps(8, 8, generator)[:2].float()
+@pytest.mark.parametrize("size", [8, 66])
+def test_nonfinite_maps_leave_their_neighbours_alone(size: int, generator: torch.Generator) -> None:
+    clean = low_rank_maps(size, size, generator)[:2].float()
     expected = rank(clean)
     for value in (float("nan"), float("inf"), -float("inf")):
         maps = clean.clone()
@@ -171,15 +197,16 @@ def test_nonfinite_maps_leave_their_neighbours_alone(generator: torch.Generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_strides(dtype: torch.dtype, generator: torch.Generator) -> None:
-    maps = torch.relu(torch.randn(3, 10, 12, 14, generator=generator)).to(dtype)
+@pytest.mark.parametrize(("height", "width"), [(12, 14), (70, 70)])
+def test_strides(dtype: torch.dtype, height: int, width: int, generator: torch.Generator) -> None:
+    maps = torch.relu(torch.randn(3, 10, height, width, generator=generator)).to(dtype)
     views = [
         maps.contiguous(memory_format=torch.channels_last),
         maps.mT,
         maps.transpose(0, 1),
         maps[:, 1::3, 2:9, ::2],
         maps[:, :, ::4, 3:5],
-        maps[1:2, 4:5].expand(5, 3, 12, 14),
+        maps[1:2, 4:5].expand(5, 3, height, width),
         maps.permute(2, 3, 0, 1),
     ]
     for view in views:
@@ -187,9 +214,10 @@ def test_strides(dtype: torch.dtype, generator: torch.Generator) -> None:
         assert_counts_singular_values(view)
 
 
+@pytest.mark.parametrize("size", [6, 65])
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 15, 16, 17])
-def test_a_map_does_not_depend_on_its_batch(channels: int, generator: torch.Generator) -> None:
-    maps = torch.relu(torch.randn(3, channels, 6, 6, generator=generator) - 0.8)
+def test_a_map_does_not_depend_on_its_batch(channels: int, size: int, generator: torch.Generator) -> None:
+    maps = torch.relu(torch.randn(3, channels, size, size, generator=generator) - 2.5 / size**0.5)
     alone = [[int(rank(maps[n : n + 1, c : c + 1])) for c in range(channels)] for n in range(3)]
     assert rank(maps).tolist() == alone
 

@@ -45,4 +45,10 @@ inline void with_element_type(Dtype dtype, Use&& use) {
   }
 }
 
+// The first element of map i, counted through examples and channels.
+template <class T>
+inline const T* map_at(const MapView& x, int64_t i) {
+  return static_cast<const T*>(x.data) + i / x.channels * x.example_stride + i % x.channels * x.channel_stride;
+}
+
 }  // namespace pcafast::cpu

@@ -1,0 +1,268 @@
+// The symmetric matrix A'A of one map, and its reduction to tridiagonal form by Householder reflections.
+//
+// For maps too large for the cache when there is one in every lane of a vector: here the lanes are rows of one matrix.
+// The matrix is stored by columns, in square blocks of kLanes columns, of which those on and below the diagonal
+// count, those on it whole. The reduction puts off the updates of kPanel reflections and applies them in one sweep
+// (Dongarra, Hammarling and Sorensen, 1989; LAPACK's dsytrd).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
+
+#include "load.h"
+#include "sturm.h"
+
+namespace pcafast::cpu {
+
+template <class Lanes>
+class Gram {
+ public:
+  static constexpr int kLanes = sizeof(Lanes) / sizeof(double);
+
+  Gram(int64_t height, int64_t width)
+      : rows_(std::max(height, width)),
+        size_(std::min(height, width)),
+        blocks_(2 * ((size_ + 2 * kLanes - 1) / (2 * kLanes))),
+        memory_(new Lanes[kLanes * blocks_ * blocks_ + blocks_ * std::max(rows_, 4 * kPanel)]) {
+    factor_ = memory_.get() + kLanes * blocks_ * blocks_;
+  }
+
+  // A'A of the map A, or A A' if its width exceeds its height. The map is multiplied by a power of two if its elements
+  // are so extreme that their fourth powers would overflow or vanish. Returns that power, or zero if an element is NaN
+  // or infinite.
+  template <class T>
+  double multiply(const T* map, const MapView& view) {
+    load(map, view);
+    Lanes largest{};
+    MaskOf<Lanes> finite = ~MaskOf<Lanes>{};
+    for (const Lanes* x = factor_; x < factor_ + rows_ * blocks_; ++x) {
+      largest = larger(magnitude(*x), largest);
+      finite &= magnitude(*x) <= std::numeric_limits<double>::max();
+    }
+    double top = 0;
+    for (int l = 0; l < kLanes; ++l) {
+      if (!finite[l]) return 0;
+      top = std::max(top, largest[l]);
+    }
+    double scale = 1;
+    if (top > 1e18 || (top < 1e-18 && top > 0)) {
+      scale = std::scalbn(1.0, -std::clamp(std::ilogb(top), -1022, 1022));  // subnormal numbers have no reciprocal
+      for (Lanes* x = factor_; x < factor_ + rows_ * blocks_; ++x) *x *= scale;
+    }
+    std::fill(memory_.get(), factor_, Lanes{});
+    for (int64_t first = 0; first < rows_; first += kCachedRows) {
+      const Lanes* const rows = factor_ + first * blocks_;
+      add_products(rows, rows, std::min(kCachedRows, rows_ - first), 0);
+    }
+    return scale;
+  }
+
+  // Leaves the tridiagonal form in diagonal[i * step] and beside[i * step], the entry between i - 1 and i.
+  void tridiagonalise(double* diagonal, double* beside, int64_t step) {
+    last_image_ = 0;
+    for (int64_t first = 0; first < size_; first += kPanel) {
+      const int64_t count = std::min<int64_t>(kPanel, size_ - first);
+      for (int64_t l = 0; l < count; ++l) {
+        beside[(first + l) * step] = last_image_;
+        diagonal[(first + l) * step] = reflect(first + l, l);
+      }
+      if (first + count < size_) add_products(panel(0), panel(2 * kPanel), 2 * kPanel, (first + count) / kLanes);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPanel = 8;
+  static constexpr int64_t kCachedRows = 128;
+
+  // The kLanes columns of the block in row i and column j of blocks.
+  Lanes* block(int64_t i, int64_t j) const { return memory_.get() + (j * blocks_ + i) * kLanes; }
+  // The map, transposed if that makes rows >= columns, and rows filled up with zeros.
+  template <class T>
+  void load(const T* map, const MapView& view) {
+    const bool transposed = view.width > view.height || (view.width == view.height && view.row_stride == 1);
+    const int64_t row_stride = transposed ? view.column_stride : view.row_stride;
+    const int64_t column_stride = transposed ? view.row_stride : view.column_stride;
+    for (int64_t r = 0; r < rows_; ++r) {
+      double* const row = (double*)(factor_ + r * blocks_);
+      const T* const from = map + r * row_stride;
+      if (column_stride == 1) {
+        for (int64_t c = 0; c < size_; ++c) row[c] = to_double(from[c]);
+      } else {
+        for (int64_t c = 0; c < size_; ++c) row[c] = to_double(from[c * column_stride]);
+      }
+      std::fill(row + size_, row + blocks_ * kLanes, 0.0);
+    }
+  }
+
+  // Lists of vectors of a panel, kPanel each: v, w, -w, -v. So the update -v w' - w v' is a sum of 2 kPanel products.
+  Lanes* panel(int64_t index) const { return factor_ + index * blocks_; }
+
+  // Adds sum over k < count of a_k b_k' to the blocks on and below the diagonal, from `first` on.
+  void add_products(const Lanes* a, const Lanes* b, int64_t count, int64_t first) {
+    for (int64_t j = first; j < blocks_; ++j)
+      for (int64_t i = j / 2 * 2; i < blocks_; i += 2) {
+        Lanes sum[kLanes][2] = {};
+        for (int64_t k = 0; k < count; ++k) {
+          const Lanes upper = a[k * blocks_ + i], lower = a[k * blocks_ + i + 1];
+          const double* const right = (const double*)(b + k * blocks_ + j);
+          for (int c = 0; c < kLanes; ++c) {
+            sum[c][0] += upper * right[c];
+            sum[c][1] += lower * right[c];
+          }
+        }
+        for (int c = 0; c < kLanes; ++c) {
+          block(i, j)[c] += sum[c][0];
+          block(i + 1, j)[c] += sum[c][1];
+        }
+      }
+  }
+
+  // Eliminates column k, the l-th of its panel, and returns its diagonal element.
+  double reflect(int64_t k, int64_t l) {
+    const int64_t own_block = k / kLanes, lane = k % kLanes;
+    Lanes* const v = panel(l);
+    for (int64_t i = own_block; i < blocks_; ++i) v[i] = block(i, own_block)[lane];
+    for (int64_t j = 0; j < l; ++j) {
+      const Lanes *vj = panel(j), *wj = panel(kPanel + j);
+      const double vk = vj[own_block][lane], wk = wj[own_block][lane];
+      for (int64_t i = own_block; i < blocks_; ++i) v[i] -= vj[i] * wk + wj[i] * vk;
+    }
+    const double diagonal = v[own_block][lane];
+    Lanes* const w = panel(kPanel + l);
+    Lanes* const minus_w = panel(2 * kPanel + l);
+    Lanes* const minus_v = panel(3 * kPanel + l);
+    if (k + 1 == size_) return diagonal;
+
+    const int64_t next_block = (k + 1) / kLanes, next_lane = (k + 1) % kLanes;
+    if (next_block % 2 == 1) v[next_block - 1] = Lanes{};
+    for (int64_t c = 0; c < next_lane; ++c) v[next_block][c] = 0;
+    const double first = v[next_block][next_lane];
+    v[next_block][next_lane] = 0;
+    const double rest = dot(v, v, next_block);
+    double inverse = 0;
+    last_image_ = first;
+    if (rest > kNegligible) {
+      const double norm = std::sqrt(first * first + rest);
+      last_image_ = first > 0 ? -norm : norm;
+      inverse = 1 / (first * first + rest + std::abs(first) * norm);
+    }
+    v[next_block][next_lane] = first - last_image_;
+
+    multiply_by(v, w, next_block);
+    for (int64_t j = 0; j < l; ++j) {
+      const Lanes *vj = panel(j), *wj = panel(kPanel + j);
+      const double wv = dot(wj, v, next_block), vv = dot(vj, v, next_block);
+      for (int64_t i = next_block; i < blocks_; ++i) w[i] -= vj[i] * wv + wj[i] * vv;
+    }
+    for (int64_t c = 0; c < next_lane; ++c) w[next_block][c] = 0;
+    const double half = dot(w, v, next_block) * inverse / 2;
+    for (int64_t i = next_block; i < blocks_; ++i) {
+      w[i] = (w[i] - v[i] * half) * inverse;
+      minus_w[i] = -w[i];
+      minus_v[i] = -v[i];
+    }
+    return diagonal;
+  }
+
+  // p = matrix v, over the blocks from `first` on; two columns of blocks at a time.
+  void multiply_by(const Lanes* v, Lanes* p, int64_t first) {
+    first = first / 2 * 2;
+    std::fill(p + first, p + blocks_, Lanes{});
+    for (int64_t j = first; j < blocks_; j += 2) {
+      const double* const vj = (const double*)(v + j);
+      const Lanes *a = block(j, j), *b = block(j, j + 1);
+      Lanes across[2][kLanes] = {};
+      for (int c = 0; c < kLanes; ++c) across[0][c] = a[kLanes + c] * v[j + 1];
+      multiply_block(a, vj, p[j]);
+      multiply_block(a + kLanes, vj, p[j + 1]);
+      multiply_block(b + kLanes, vj + kLanes, p[j + 1]);
+      for (int64_t i = j + 2; i < blocks_; ++i) {
+        a = block(i, j);
+        b = block(i, j + 1);
+        const Lanes vi = v[i];
+        Lanes even = p[i], odd{};
+        for (int c = 0; c < kLanes; ++c) {
+          Lanes ac = a[c], bc = b[c];
+          load_once(ac);
+          load_once(bc);
+          even += ac * vj[c];
+          odd += bc * vj[kLanes + c];
+          across[0][c] += ac * vi;
+          across[1][c] += bc * vi;
+        }
+        p[i] = even + odd;
+      }
+      p[j] += sum_each(across[0]);
+      p[j + 1] += sum_each(across[1]);
+    }
+  }
+
+  // Keeps the compiler from reading memory once for each use, which is slower: two loads go with two additions.
+  static void load_once([[maybe_unused]] Lanes& x) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    asm("" : "+v"(x));
+#endif
+  }
+
+  static void multiply_block(const Lanes* a, const double* v, Lanes& p) {
+    Lanes even{}, odd{};
+    for (int c = 0; c < kLanes; c += 2) {
+      even += a[c] * v[c];
+      odd += a[c + 1] * v[c + 1];
+    }
+    p += even + odd;
+  }
+
+  double dot(const Lanes* x, const Lanes* y, int64_t first) const {
+    Lanes even{}, odd{};
+    int64_t i = first;
+    for (; i + 2 <= blocks_; i += 2) {
+      even += x[i] * y[i];
+      odd += x[i + 1] * y[i + 1];
+    }
+    if (i < blocks_) even += x[i] * y[i];
+    return sum_of(even + odd);
+  }
+
+  static double sum_of(const Lanes& x) {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += x[l];
+    return sum;
+  }
+
+  // Element c is the sum of x[c].
+  static Lanes sum_each(const Lanes (&x)[kLanes]) {
+#if __has_builtin(__builtin_shufflevector)
+    return sum_from<0, kLanes>(x, std::make_index_sequence<kLanes>());
+#else
+    Lanes sums;
+    for (int c = 0; c < kLanes; ++c) sums[c] = sum_of(x[c]);
+    return sums;
+#endif
+  }
+
+#if __has_builtin(__builtin_shufflevector)
+  // Of x[kFirst] to x[kFirst + kCount - 1], the partial sums side by side, each kLanes / kCount times.
+  template <int kFirst, int kCount, size_t... kLane>
+  static Lanes sum_from(const Lanes (&x)[kLanes], std::index_sequence<kLane...> lanes) {
+    if constexpr (kCount == 1) {
+      return x[kFirst];
+    } else {
+      constexpr int kHalf = kCount / 2;
+      const Lanes a = sum_from<kFirst, kHalf>(x, lanes), b = sum_from<kFirst + kHalf, kHalf>(x, lanes);
+      return __builtin_shufflevector(a, b, (kLane & kHalf ? kLanes + kLane : kLane)...) +
+             __builtin_shufflevector(a, b, (kLane & kHalf ? kLanes + (kLane ^ kHalf) : kLane ^ kHalf)...);
+    }
+  }
+#endif
+
+  int64_t rows_, size_;  // of the map
+  int64_t blocks_;       // on each side of the matrix
+  std::unique_ptr<Lanes[]> memory_;
+  Lanes* factor_;  // rows to multiply, then the vectors of a panel
+  double last_image_ = 0;
+};
+
+}  // namespace pcafast::cpu
