@@ -103,6 +103,55 @@ def handover() -> str:
     return textwrap.fill(text, 120)
 
 
+def rank_speed() -> str:
+    """Time per map, and what others take of it."""
+    rows = []
+    for row in results.read("operators")["rank"]:
+        images, channels, height, width = row["shape"]
+        per_map = {peer: seconds / (images * channels) for peer, seconds in row["seconds"].items()}
+        ours = per_map.pop("pcafast")
+        others = [f"{microseconds(time)}, {time / ours:.1f}x" for time in per_map.values()]
+        rows.append([f"{height}x{width}", microseconds(ours), *others])
+    matrix_rank = "`torch.linalg.matrix_rank`"
+    return table(["map", "pcafast", f"{matrix_rank}, batched", f"{matrix_rank}, one by one"], rows)
+
+
+def taylor_speed() -> str:
+    """How many times longer the expression takes, and torch.compile of it."""
+    return ratios("taylor", ("expression", "torch.compile"))
+
+
+def moments_speed() -> str:
+    """How many times longer torch's expressions take."""
+    return ratios("moments", ("expression",))
+
+
+def ratios(operator: str, peers: tuple[str, ...]) -> str:
+    """Of the peers' times to pcafast's: shapes down, dtypes and layouts across."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in results.read("operators")[operator]:
+        seconds = row["seconds"]
+        times = [f"{seconds[peer] / seconds['pcafast']:.1f}x" for peer in peers if peer in seconds]
+        shape = "x".join(map(str, row["shape"]))
+        cells.setdefault(shape, {})[f"{row['dtype']}, {row['layout']}"] = ", ".join(times)
+    return table(["activation", *next(iter(cells.values()))], [[shape, *row.values()] for shape, row in cells.items()])
+
+
+def hrank() -> str:
+    """The sentence about HRank's procedure."""
+    measured = results.read("hrank")
+    ours, theirs = measured["pcafast_seconds"], measured["hrank_seconds"]
+    text = (
+        f"The rank scores of all {measured['places']} layers of a ResNet-56 over {measured['images']} images, on the "
+        f"CPU (threads: {measured['threads']}): {theirs:.0f} s by HRank's procedure, a pass for every layer and an "
+        f"SVD for every map, and {ours:.1f} s by one pass with `collect`, {theirs / ours:.0f} times less. Of "
+        f"{measured['maps']:,} maps the two disagree about {measured['differing']}; by SVD in float64, HRank has "
+        f"{measured['hrank_wrong']} of these wrong and pcafast {measured['pcafast_wrong']} "
+        "(`PCAFAST_DATA=folder python benchmarks/hrank.py`)."
+    )
+    return textwrap.fill(text, 120)
+
+
 def headline() -> str:
     """The sentences with the figures."""
     cost, network = results.read("collect_cost"), results.read("low_rank")["resnet56"]
@@ -120,6 +169,11 @@ def headline() -> str:
     return textwrap.fill(text, 120)
 
 
+def microseconds(seconds: float) -> str:
+    time = seconds * 1e6
+    return f"{time:.2f} us" if time < 10 else f"{time:,.0f} us"
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     rule = ["---", *["---:"] * (len(titles) - 1)]
@@ -128,7 +182,10 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (low_rank, pruning, planning, kills, handover, collect_cost, demo, headline)
+    for function in (
+        *(low_rank, pruning, planning, kills, handover, collect_cost, demo, headline),
+        *(rank_speed, taylor_speed, moments_speed, hrank),
+    )
 }
 
 

@@ -6,19 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pcafast.files import write_atomically
 from pcafast.loop.environment import environment
 
 FOLDER = Path(__file__).parent / "results"
 
 
-def write(name: str, results: dict[str, Any]) -> None:
-    """Write benchmarks/results/NAME.json."""
-    FOLDER.mkdir(exist_ok=True)
+def write(name: str, results: dict[str, Any], path: Path | None = None) -> None:
+    """Write benchmarks/results/NAME.json, or another file."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    content = {"command": command, "environment": environment(), "results": results}
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written to {path}")
+    text = json.dumps({"command": command, "environment": environment(), "results": results}, indent=2) + "\n"
+    target = path or FOLDER / f"{name}.json"
+    write_atomically({target: lambda file: file.write_text(text)})
+    print(f"written to {target}")
 
 
 def read(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 // The boundary between the operators (ops.cpp, which knows torch) and the kernels (which do not): plain structs
 // of pointers, sizes and strides. Strides count elements. ops.cpp has checked everything by the time a kernel
-// is called; sizes may be zero unless a struct says otherwise.
+// is called; no size is zero.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,7 @@ struct MomentsArgs {
   double* absolute;         // (channels,)  sum of |x|
   double* zeros;            // (channels,)  how many are exactly zero
   int64_t* skipped;
+  double* workspace;  // channel_moments_workspace(args) doubles, uninitialised
 };
 
 // One batch merged into a running mean and co-moment, one block of channels per group.
@@ -72,11 +73,13 @@ struct RankArgs {
   MapView x;
   double rtol, atol;  // finite, not negative
   int64_t* ranks;     // (examples, channels), contiguous; -1 for a map with a NaN or an infinity
+  double* workspace;  // on CUDA, feature_map_rank_workspace(args) doubles, uninitialised
 };
 
 namespace cpu {
 int64_t taylor_workspace(const TaylorArgs& args);
 void taylor_update(const TaylorArgs& args);
+int64_t channel_moments_workspace(const MomentsArgs& args);
 void channel_moments_update(const MomentsArgs& args);
 void covariance_update(const CovarianceArgs& args);
 void feature_map_rank(const RankArgs& args);

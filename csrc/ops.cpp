@@ -5,8 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "kernels.h"
 #ifdef PCAFAST_WITH_CUDA
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linalg_svdvals.h>
+#include <ATen/ops/where.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -122,6 +127,7 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, do
     TORCH_CHECK_VALUE(weights.numel() == 0 || weights.min().item<double>() >= 0,
                       "weight: expected no negative number and no NaN, got ", weights.min().item<double>());
   }
+  if (x.numel() == 0) return;
   cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups, scale,
                           count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                           comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
@@ -140,6 +146,7 @@ void taylor_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& ac
   check_state("positions", positions, {}, activation);
   check_state("sums", sums, {4, a.view.channels}, activation);
   check_state("skipped", skipped, {}, activation, at::kLong);
+  if (activation.numel() == 0) return;
   TaylorArgs args{a.view,
                   g.view,
                   scale,
@@ -160,8 +167,10 @@ void taylor_update_cpu(const Tensor& activation, const Tensor& gradient, int64_t
                 scale, examples, positions, sums, skipped);
 }
 
-void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean, Tensor& centred_squares,
-                             Tensor& absolute, Tensor& zeros, Tensor& skipped) {
+template <class WorkspaceSize, class Kernel>
+void channel_moments_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, int64_t channel_dim,
+                            Tensor& count, Tensor& mean, Tensor& centred_squares, Tensor& absolute, Tensor& zeros,
+                            Tensor& skipped) {
   const Channels channels("x", x, channel_dim);
   check_state("count", count, {}, x);
   for (const auto& [name, state] : {std::pair<const char*, Tensor&>{"mean", mean},
@@ -171,32 +180,62 @@ void channel_moments_update_(const Tensor& x, int64_t channel_dim, Tensor& count
     check_state(name, state, {channels.view.channels}, x);
   }
   check_state("skipped", skipped, {}, x, at::kLong);
-  cpu::channel_moments_update({channels.view, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
-                               centred_squares.mutable_data_ptr<double>(), absolute.mutable_data_ptr<double>(),
-                               zeros.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
+  if (x.numel() == 0) return;
+  MomentsArgs args{channels.view,
+                   count.mutable_data_ptr<double>(),
+                   mean.mutable_data_ptr<double>(),
+                   centred_squares.mutable_data_ptr<double>(),
+                   absolute.mutable_data_ptr<double>(),
+                   zeros.mutable_data_ptr<double>(),
+                   skipped.mutable_data_ptr<int64_t>(),
+                   nullptr};
+  const Tensor workspace = at::empty({workspace_size(args)}, x.options().dtype(at::kDouble));
+  args.workspace = workspace.mutable_data_ptr<double>();
+  kernel(args);
 }
 
-Tensor feature_map_rank(const Tensor& x, double rtol, double atol) {
+void channel_moments_update_cpu(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean,
+                                Tensor& centred_squares, Tensor& absolute, Tensor& zeros, Tensor& skipped) {
+  channel_moments_update(cpu::channel_moments_workspace, cpu::channel_moments_update, x, channel_dim, count, mean,
+                         centred_squares, absolute, zeros, skipped);
+}
+
+void check_maps(const Tensor& x, double rtol, double atol) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x: expected feature maps of shape (N, C, H, W), got shape ", x.sizes());
   TORCH_CHECK_VALUE(rtol >= 0 && std::isfinite(rtol), "rtol: expected a finite number that is not negative, got ",
                     rtol);
   TORCH_CHECK_VALUE(atol >= 0 && std::isfinite(atol), "atol: expected a finite number that is not negative, got ",
                     atol);
+  element_type("x", x);
+}
+
+template <class WorkspaceSize, class Kernel>
+Tensor feature_map_rank(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, double rtol, double atol) {
   Tensor ranks =
       at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous));
-  cpu::feature_map_rank({{x.const_data_ptr(), element_type("x", x), x.size(0), x.size(1), x.size(2), x.size(3),
-                          x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
-                         rtol,
-                         atol,
-                         ranks.mutable_data_ptr<int64_t>()});
+  RankArgs args{{x.const_data_ptr(), element_type("x", x), x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0),
+                 x.stride(1), x.stride(2), x.stride(3)},
+                rtol,
+                atol,
+                ranks.mutable_data_ptr<int64_t>(),
+                nullptr};
+  if (x.numel() == 0) return ranks.zero_();
+  const Tensor workspace = at::empty({workspace_size(args)}, x.options().dtype(at::kDouble));
+  args.workspace = workspace.mutable_data_ptr<double>();
+  kernel(args);
   return ranks;
+}
+
+Tensor feature_map_rank_cpu(const Tensor& x, double rtol, double atol) {
+  check_maps(x, rtol, atol);
+  return feature_map_rank([](const RankArgs&) { return 0; }, cpu::feature_map_rank, x, rtol, atol);
 }
 
 TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
   m.impl("covariance_update_", covariance_update_);
   m.impl("taylor_update_", taylor_update_cpu);
-  m.impl("channel_moments_update_", channel_moments_update_);
-  m.impl("feature_map_rank", feature_map_rank);
+  m.impl("channel_moments_update_", channel_moments_update_cpu);
+  m.impl("feature_map_rank", feature_map_rank_cpu);
 }
 
 #ifdef PCAFAST_WITH_CUDA
@@ -209,7 +248,40 @@ void taylor_update_cuda(const Tensor& activation, const Tensor& gradient, int64_
       gradient, channel_dim, scale, examples, positions, sums, skipped);
 }
 
-TORCH_LIBRARY_IMPL(pcafast, CUDA, m) { m.impl("taylor_update_", taylor_update_cuda); }
+void channel_moments_update_cuda(const Tensor& x, int64_t channel_dim, Tensor& count, Tensor& mean,
+                                 Tensor& centred_squares, Tensor& absolute, Tensor& zeros, Tensor& skipped) {
+  const c10::cuda::CUDAGuard device(x.device());
+  channel_moments_update(
+      cuda::channel_moments_workspace,
+      [](const MomentsArgs& args) { cuda::channel_moments_update(args, c10::cuda::getCurrentCUDAStream()); }, x,
+      channel_dim, count, mean, centred_squares, absolute, zeros, skipped);
+}
+
+// Of maps too large for the kernel: what pcafast/reference.py does.
+Tensor feature_map_rank_by_svd(const Tensor& x, double rtol, double atol) {
+  const Tensor finite = x.isfinite().flatten(2).all(2);
+  const Tensor values = at::linalg_svdvals(at::where(finite.unsqueeze(2).unsqueeze(3), x, 0).to(at::kDouble));
+  const double rounding = std::max(x.size(2), x.size(3)) * std::numeric_limits<double>::epsilon();
+  const Tensor threshold = (values.narrow(2, 0, 1) * std::max(rtol, rounding)).clamp_min(atol);
+  return at::where(finite, (values > threshold).sum(2), -1);
+}
+
+Tensor feature_map_rank_cuda(const Tensor& x, double rtol, double atol) {
+  const c10::cuda::CUDAGuard device(x.device());
+  check_maps(x, rtol, atol);
+  if (std::max(x.size(2), x.size(3)) > cuda::kMostRankRows && x.numel() > 0) {
+    return feature_map_rank_by_svd(x, rtol, atol);
+  }
+  return feature_map_rank(
+      cuda::feature_map_rank_workspace,
+      [](const RankArgs& args) { cuda::feature_map_rank(args, c10::cuda::getCurrentCUDAStream()); }, x, rtol, atol);
+}
+
+TORCH_LIBRARY_IMPL(pcafast, CUDA, m) {
+  m.impl("taylor_update_", taylor_update_cuda);
+  m.impl("channel_moments_update_", channel_moments_update_cuda);
+  m.impl("feature_map_rank", feature_map_rank_cuda);
+}
 #endif
 
 }  // namespace

@@ -67,7 +67,7 @@ def covariance_update_(
         _expect(bool((weight >= 0).all()), "weight: expected no negative number and no NaN")
     w = torch.ones_like(samples[:, 0]) if weight is None else weight.double().flatten()
     samples, w = samples[w != 0], w[w != 0]
-    if not len(samples):
+    if samples.numel() == 0:
         return
     batch_count = w.sum()
     batch_mean = (w @ samples) / batch_count
@@ -105,9 +105,9 @@ def taylor_update_(
     )
     product = _examples_channels_positions("activation", activation, channel_dim)
     product = scale * product * _examples_channels_positions("gradient", gradient, channel_dim)
-    n, _, p = product.shape
-    if n * p == 0:
+    if product.numel() == 0:
         return
+    n, _, p = product.shape
     per_example = product.sum(2)
     batch = torch.stack(
         [
@@ -133,7 +133,7 @@ def channel_moments_update_(
 ) -> None:
     """Merge one batch into count () and, per channel (C,), mean, centred squares, sum of |x| and number of zeros."""
     samples = _examples_channels_positions("x", x, channel_dim).movedim(1, 2).flatten(0, 1)
-    if not len(samples):
+    if samples.numel() == 0:
         return
     batch_mean = samples.mean(0)
     batch_squares = (samples - batch_mean).square().sum(0)

@@ -310,7 +310,6 @@ void mirror(double* square, int64_t size) {
 void covariance_update(const CovarianceArgs& args) {
   const Samples s{args.x, args.weight};
   const int64_t channels = args.x.channels, width = channels / args.groups;
-  if (s.size() == 0 || channels == 0) return;
   const int64_t work = s.size() * channels * std::max<int64_t>(1, width / 2);
   const int64_t slices = std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
 

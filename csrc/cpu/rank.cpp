@@ -113,10 +113,6 @@ void feature_map_rank(const RankArgs& args) {
   constexpr int64_t kGroup = 8;  // a multiple of every vector's length
   const int64_t maps = args.x.examples * args.x.channels;
   const int64_t shorter = std::min(args.x.height, args.x.width);
-  if (shorter == 0) {
-    std::fill(args.ranks, args.ranks + maps, 0);
-    return;
-  }
   const int64_t multiply_adds = args.x.height * args.x.width * shorter * kGroup;
   const int64_t grain = std::max<int64_t>(1, (1 << 20) / multiply_adds);
   at::parallel_for(0, (maps + kGroup - 1) / kGroup, grain,

@@ -11,5 +11,11 @@ namespace pcafast::cuda {
 // How many doubles args.workspace must hold, aligned to 16 bytes; depends on all of args that is not behind a pointer.
 int64_t taylor_workspace(const TaylorArgs& args);
 void taylor_update(const TaylorArgs& args, cudaStream_t stream);
+int64_t channel_moments_workspace(const MomentsArgs& args);
+void channel_moments_update(const MomentsArgs& args, cudaStream_t stream);
+// Maps have kMostRankRows rows and columns at most.
+constexpr int64_t kMostRankRows = 512;
+int64_t feature_map_rank_workspace(const RankArgs& args);
+void feature_map_rank(const RankArgs& args, cudaStream_t stream);
 
 }  // namespace pcafast::cuda

@@ -1,8 +1,5 @@
 // Small kernels, right and wrong, that show what the host header notices.
-#include <exception>
-#include <string>
-
-#include "cuda/device.h"
+#include "entry.h"
 
 namespace {
 
@@ -12,28 +9,26 @@ using pcafast::cuda::kWarp;
 
 constexpr int kThreads = 96;
 
-// Every kernel here is launched with kThreads threads per block and as many floats of dynamic shared memory.
+// Every kernel here is launched with kThreads threads per block, and with as many floats of dynamic shared memory or
+// more.
 using Kernel = void (*)(float* out);
 
-template <bool kWithBarrier>
 void reverse_block(float* out) {
   __shared__ float memory[kThreads];
   memory[threadIdx.x] = threadIdx.x;
-  if (kWithBarrier) __syncthreads();
+  __syncthreads();
   out[blockIdx.x * kThreads + threadIdx.x] = memory[kThreads - 1 - threadIdx.x];
 }
 
-template <bool kWithBarrier>
 void reverse_warps(float* out) {
   float* const memory = dynamic_shared<float>();
   const int lane = threadIdx.x % kWarp, first = threadIdx.x - lane;
   memory[threadIdx.x] = threadIdx.x;
-  if (kWithBarrier) __syncwarp();
+  __syncwarp();
   out[blockIdx.x * kThreads + threadIdx.x] = memory[first + kWarp - 1 - lane];
 }
 
 // The second barrier keeps a value until its neighbour has read it.
-template <bool kWithBarrier>
 void rotate_twice(float* out) {
   __shared__ float memory[kThreads];
   float value = threadIdx.x;
@@ -41,7 +36,7 @@ void rotate_twice(float* out) {
     memory[threadIdx.x] = value;
     __syncthreads();
     value = memory[(threadIdx.x + 1) % kThreads];
-    if (kWithBarrier) __syncthreads();
+    __syncthreads();
   }
   out[blockIdx.x * kThreads + threadIdx.x] = value;
 }
@@ -58,15 +53,39 @@ void read_unwritten_dynamic(float* out) {
   memory[threadIdx.x] = 1;
 }
 
+// The last barrier is not needed.
+void one_too_many(float* out) {
+  __shared__ float memory[kThreads], other[kThreads];
+  memory[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  other[threadIdx.x] = memory[kThreads - 1 - threadIdx.x];
+  __syncthreads();
+  __syncwarp();
+  out[blockIdx.x * kThreads + threadIdx.x] = other[kThreads - 1 - threadIdx.x];
+}
+
+void write_beyond_shared(float*) { dynamic_shared<float>()[kThreads + threadIdx.x] = 1; }
+
 void shuffles(float* out) {
   const float next = __shfl_sync(kFullWarp, static_cast<float>(threadIdx.x), (threadIdx.x + 1) % kWarp);
-  out[blockIdx.x * kThreads + threadIdx.x] = next + __shfl_xor_sync(kFullWarp, threadIdx.x * 1000.0, 5);
+  const int first = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x), 0);
+  const double other = __shfl_xor_sync(kFullWarp, threadIdx.x * 1000.0, 5);
+  out[blockIdx.x * kThreads + threadIdx.x] = next + other + 1e5 * first;
 }
 
 void votes(float* out) {
   const int all = __syncthreads_and(1);
   const int not_all = __syncthreads_and(threadIdx.x != 40);
   out[blockIdx.x * kThreads + threadIdx.x] = 2 * all + not_all;
+}
+
+void warp_votes(float* out) {
+  const unsigned odd = __ballot_sync(kFullWarp, threadIdx.x % 2);
+  const bool low = threadIdx.x % kWarp < 16;
+  const unsigned third = __ballot_sync(low ? 0xffffu : 0xffff0000u, threadIdx.x % kWarp == 3);
+  const int sixty = __any_sync(kFullWarp, threadIdx.x == 60);
+  const bool right = odd == 0xaaaaaaaau && third == (low ? 8u : 0u);
+  out[blockIdx.x * kThreads + threadIdx.x] = right ? __popc(odd) + sixty : -1;
 }
 
 void half_warps(float* out) {
@@ -106,16 +125,16 @@ struct Named {
   Kernel kernel;
 };
 constexpr Named kKernels[] = {
-    {"reverse_block", reverse_block<true>},
-    {"reverse_block, barrier missing", reverse_block<false>},
-    {"reverse_warps", reverse_warps<true>},
-    {"reverse_warps, barrier missing", reverse_warps<false>},
-    {"rotate_twice", rotate_twice<true>},
-    {"rotate_twice, barrier missing", rotate_twice<false>},
+    {"reverse_block", reverse_block},
+    {"reverse_warps", reverse_warps},
+    {"rotate_twice", rotate_twice},
     {"read_unwritten_static", read_unwritten_static},
     {"read_unwritten_dynamic", read_unwritten_dynamic},
+    {"one_too_many", one_too_many},
+    {"write_beyond_shared", write_beyond_shared},
     {"shuffles", shuffles},
     {"votes", votes},
+    {"warp_votes", warp_votes},
     {"half_warps", half_warps},
     {"thread_leaves", thread_leaves},
     {"two_barriers", two_barriers},
@@ -131,38 +150,27 @@ void number_threads(int* out, int* count) {
   out[(z * height + y) * width + x] = atomicAdd(count, 1);
 }
 
-template <typename Function>
-const char* error_of(uint64_t schedule, Function function) {
-  static std::string error;
-  device_host::schedule = schedule;
-  try {
-    function();
-  } catch (const std::exception& exception) {
-    error = exception.what();
-    return error.c_str();
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 extern "C" {
 
-const char* run_kernel(const char* name, unsigned blocks, float* out, uint64_t schedule) {
-  return error_of(schedule, [&] {
+const char* run_kernel(const char* name, unsigned blocks, size_t shared_bytes, float* out) {
+  return error_of([&] {
     for (const Named& candidate : kKernels) {
       if (std::string(name) != candidate.name) continue;
-      pcafast::cuda::launch(candidate.kernel, dim3(blocks), dim3(kThreads), kThreads * sizeof(float), nullptr, out);
+      pcafast::cuda::launch(candidate.kernel, dim3(blocks), dim3(kThreads), shared_bytes, nullptr, out);
       return;
     }
     throw std::runtime_error("no such kernel");
   });
 }
 
-const char* run_number_threads(const unsigned* grid, const unsigned* block, int* out, int* count, uint64_t schedule) {
-  return error_of(schedule, [&] {
+const char* run_number_threads(const unsigned* grid, const unsigned* block, int* out, int* count) {
+  return error_of([&] {
     pcafast::cuda::launch(number_threads, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
                           nullptr, out, count);
   });
 }
+
+size_t max_shared_bytes() { return pcafast::cuda::max_shared_bytes(); }
 }

@@ -1,0 +1,100 @@
+"""What gpu.py measures, by name. Every section is a function of the device and of whether tiny inputs will do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import moments_case
+import taylor_case
+import torch
+from cases import activations
+from gpu_timings import moments, rank, roofline, taylor
+from rank_case import feature_maps
+from torch import Tensor
+
+from pcafast import native
+from pcafast.functional import default_rtol
+from pcafast.native import operators
+
+
+def kernels(device: str, tiny: bool) -> dict[str, Any]:
+    """What is measured on, and which operators have a kernel of their own there."""
+    found: dict[str, Any] = {"own": [one for one in native.OPERATORS if native.has_kernel(one, device.upper())]}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        for name in ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size"):
+            found[name] = getattr(properties, name)
+    return found
+
+
+def graphs(device: str, tiny: bool) -> dict[str, str]:
+    """Every operator in a CUDA graph: replayed, it must do what it does without, bit for bit."""
+    a, g = (activations((8, 64, 14, 14), "float32", "channels first", seed=seed, device=device) for seed in (0, 1))
+    maps = feature_maps(2, 32).to(device)
+    sums, moments = taylor_case.empty_state(64, device), moments_case.empty_state(64, device)
+    ranks = torch.zeros(maps.shape[:2], dtype=torch.int64, device=device)
+    calls: dict[str, tuple[Callable[[], object], list[Tensor]]] = {
+        "taylor_update_": (lambda: operators.taylor_update_(a, g, 1, 1.0, *sums), sums),
+        "channel_moments_update_": (lambda: operators.channel_moments_update_(a, 1, *moments), moments),
+        "feature_map_rank": (lambda: ranks.copy_(operators.feature_map_rank(maps, default_rtol(maps), 0.0)), [ranks]),
+    }
+    for name, (call, outputs) in calls.items():
+        expected = called_twice(call, outputs)
+        found = called_twice(captured(call, device), outputs)
+        assert expected[0].any(), name
+        assert all(map(torch.equal, found, expected)), name
+        print(f"{name} can be captured", flush=True)
+    return dict.fromkeys(calls, "the same, captured and replayed")
+
+
+def called_twice(call: Callable[[], object], outputs: list[Tensor]) -> list[Tensor]:
+    """What two calls make of zeros."""
+    for output in outputs:
+        output.zero_()
+    call()
+    call()
+    return [output.clone() for output in outputs]
+
+
+def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call as a CUDA graph; itself on the CPU, which has none."""
+    if device == "cpu":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def hrank(device: str, tiny: bool) -> dict[str, Any]:
+    """The procedures of hrank.py, with random weights and images: pcafast's for all places.
+
+    HRank's is timed for one place of each size of map, and estimated from that for all.
+    """
+    import hrank as procedure
+
+    from pcafast.models import build
+
+    torch.manual_seed(0)
+    model = build("resnet20" if tiny else "resnet56").eval().to(device)
+    images, batch_size = (4, 2) if tiny else (procedure.IMAGES, procedure.BATCH_SIZE)
+    batches = [
+        (torch.randn(batch_size, 3, 32, 32, device=device), torch.zeros(batch_size, dtype=torch.int64, device=device))
+        for _ in range(images // batch_size)
+    ]
+    chosen = [f"layer{stage}.1.conv1" for stage in (1, 2, 3)]
+    found = procedure.procedures(model, batches, chosen)
+    alike = {layer: sum(place.startswith(layer[:6]) for place in procedure.places(model)) for layer in chosen}
+    alike[chosen[0]] += 1  # the first convolution's
+    found["estimated_hrank_seconds"] = sum(found["hrank_seconds_by_place"][layer] * alike[layer] for layer in chosen)
+    found["estimated_speedup"] = found["estimated_hrank_seconds"] / found["pcafast_seconds"]
+    return found
+
+
+SECTIONS: dict[str, Callable[[str, bool], Any]] = {
+    section.__name__: section for section in (kernels, roofline, graphs, rank, taylor, moments, hrank)
+}

@@ -1,0 +1,240 @@
+"""That the benchmarks run, check what they time, and write what they find."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+import pcafast
+from pcafast.cli import bench, main
+from pcafast.models import build
+
+REPOSITORY = Path(__file__).parent.parent
+BENCHMARKS = REPOSITORY / "benchmarks"
+OPERATORS = ("rank", "taylor", "moments")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def run(*arguments, cwd=REPOSITORY):
+    """In a process of its own, since it runs pytest itself."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "150"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def run_bench(*arguments, cwd=REPOSITORY):
+    return run("-c", "from pcafast.cli import main; main()", "bench", *arguments, cwd=cwd)
+
+
+def test_bench_times_all_operators_and_peers(tmp_path):
+    done = run_bench("--tiny", "--threads", 2, "--out", tmp_path / "times.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "times.json").read_text())
+    assert written["command"].startswith("pcafast bench --tiny")
+    assert written["environment"]["threads"] == 2
+    assert list(written["results"]) == list(OPERATORS)
+    peers = {operator: list(rows[0]["seconds"]) for operator, rows in written["results"].items()}
+    assert peers == {
+        "rank": ["pcafast", "batched", "one by one"],
+        "taylor": ["pcafast", "operator", "expression", "torch.compile"],
+        "moments": ["pcafast", "expression"],
+    }
+    row = written["results"]["rank"][0]
+    assert row["shape"] == [2, 32, 8, 8]
+    assert all(0 < seconds < 1 for seconds in row["seconds"].values())
+    assert f"{row['seconds']['batched'] / row['seconds']['pcafast']:5.1f}x" in done.stdout
+    assert torch.__version__ in done.stdout
+
+
+FAKE = """
+from cases import Case
+
+PEERS = ("pcafast", "expression", "torch.compile")
+TINY = [(1,)]
+
+
+def make(size):
+    assert {right}
+    return Case("{operator}", {{"shape": (size,)}}, {{peer: int for peer in PEERS[:2]}}, {{PEERS[2]: "no compiler"}})
+
+
+def test(measure):
+    measure()
+"""
+
+
+def fake_benchmarks(folder, wrong=None):
+    """A clone whose benchmarks do nothing, and find one operator to be wrong."""
+    (folder / "benchmarks").mkdir()
+    for name in ("cases.py", "conftest.py"):
+        shutil.copy(BENCHMARKS / name, folder / "benchmarks")
+    for operator in OPERATORS:
+        text = FAKE.format(operator=operator, right=operator != wrong)
+        (folder / "benchmarks" / f"test_{operator}.py").write_text(text)
+
+
+def test_a_peer_that_cannot_run_is_left_out_with_a_note(tmp_path):
+    fake_benchmarks(tmp_path)
+    done = run_bench("--tiny", "--operator", "taylor", "--out", "times.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: Skipped: torch.compile: no compiler" in done.stdout
+    (row,) = json.loads((tmp_path / "times.json").read_text())["results"]["taylor"]
+    assert list(row["seconds"]) == ["pcafast", "expression"]
+
+
+def test_a_wrong_result_is_an_error_and_nothing_is_written(tmp_path):
+    fake_benchmarks(tmp_path, wrong="moments")
+    done = run_bench("--tiny", "--out", "times.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "assert False" in done.stderr
+    assert "error: The benchmarks cannot be run, or found a result that is not right" in done.stderr
+    assert "test_moments.py" in done.stderr.splitlines()[-1]
+    assert "test_rank.py" not in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "times.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (lambda name: None, "pip install pytest pytest-benchmark"),
+        (lambda name: name, "part of the repository .* in the top folder of a clone"),
+    ],
+)
+def test_what_bench_needs(spec, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "find_spec", spec)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "pcafast" / "cli" / "bench.py"))
+    monkeypatch.setattr(sys, "argv", ["pcafast", "bench"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    (paragraph,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, paragraph)
+
+
+def test_wrong_ranks_are_noticed(module):
+    rank_case = module("rank_case")
+    maps = rank_case.feature_maps(2, 16)
+    ranks = pcafast.functional.feature_map_rank(maps)
+    assert len(ranks.unique()) > 8
+    rank_case.check(maps, ranks)
+    ranks[1, 3] += 1
+    with pytest.raises(AssertionError):
+        rank_case.check(maps, ranks)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_wrong_taylor_sums_are_noticed(row, module):
+    taylor_case, cases = module("taylor_case"), module("cases")
+    a, g = (cases.activations((3, 8, 5, 5), "bfloat16", "channels last", seed=seed) for seed in (0, 1))
+    state = taylor_case.empty_state(8, "cpu")
+    torch.ops.pcafast.taylor_update_(a, g, 1, 1.0, *state)
+    taylor_case.check(a, g, state)
+    state[2][row, 3] *= 1.0001
+    state[2][row, 3] += 0.01
+    with pytest.raises(AssertionError):
+        taylor_case.check(a, g, state)
+
+
+def test_the_compiled_expression_is_left_out_only_for_want_of_a_compiler(module, monkeypatch):
+    taylor_case, small = module("taylor_case"), ((2, 3, 4, 4), "float32", "channels first")
+
+    def fail(error):
+        def compiled(*_):
+            raise InductorError(error, None)
+
+        monkeypatch.setattr(taylor_case, "compiled", compiled)
+
+    fail(InvalidCxxCompiler("c++"))
+    case = taylor_case.taylor_case(*small)
+    assert case.absent == {"torch.compile": "Compiler: c++ is not found."}
+    assert list(case.calls) == ["pcafast", "operator", "expression"]
+    fail(ValueError("another"))
+    with pytest.raises(InductorError, match="another"):
+        taylor_case.taylor_case(*small)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_wrong_moments_are_noticed(which, module):
+    moments_case, cases = module("moments_case"), module("cases")
+    x = cases.activations((3, 8, 5, 5), "float32", "channels first", seed=0).relu_()
+    state = moments_case.empty_state(8, "cpu")
+    torch.ops.pcafast.channel_moments_update_(x, 1, *state)
+    moments_case.check(x, state)
+    state[which] += 1
+    with pytest.raises(AssertionError):
+        moments_case.check(x, state)
+
+
+def test_disagreement_with_hrank_is_counted(module):
+    hrank = module("hrank")
+    torch.manual_seed(0)
+    model = build("resnet20").eval()
+    batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))] * 2
+    places = hrank.places(model)
+    assert list(places) == list(hrank.one_pass(model, batches))
+    layer = "layer2.1.conv2"
+    scores, ranks = hrank.hrank(model, batches, places[layer])
+    torch.testing.assert_close(scores.double(), hrank.one_pass(model, batches)[layer], rtol=1e-6, atol=0)
+    ranks[1][0, 5] += 1
+    ranks[1][1, 6] -= 1
+    found = hrank.differences(model, batches, {layer: ranks})
+    assert found == {"maps": 4 * 32, "differing": 2, "hrank_wrong": 2, "pcafast_wrong": 0}
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+@pytest.mark.parametrize("section", ["kernels", "roofline", "graphs", "rank", "taylor", "moments", "hrank"])
+def test_sections_of_the_gpu_run(section, module, monkeypatch):
+    """On the CPU with tiny inputs, so that they have run before there is a GPU."""
+    monkeypatch.setattr(module("gpu_timings"), "STEPS", 4)
+    sections = module("gpu_sections").SECTIONS
+    assert tuple(sections) == module("gpu").MEASURED
+    found = sections[section]("cpu", True)
+    json.dumps(found)
+    if section == "rank":
+        assert [row["side"] for row in found] == [8, 16, 32, 56, 112, 224]
+        assert all(row["pcafast"]["microseconds_per_map"] > 0 for row in found)
+    if section in ("taylor", "moments"):
+        assert len({(row["dtype"], row["layout"]) for row in found}) == 4
+    if section == "hrank":
+        assert (found["places"], found["pcafast_wrong"]) == (3, 0)
+
+
+def test_the_gpu_run_goes_on_after_a_failure(tmp_path):
+    options = ("--device", "cpu", "--tiny", "--out", tmp_path / "gpu.json", "--sections", "absent", "kernels")
+    done = run(BENCHMARKS / "gpu.py", *options)
+    assert done.returncode == 1
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    failed, right = written["results"].values()
+    assert failed["status"] == 1
+    assert "KeyError: 'absent'" in failed["said"]
+    assert right["status"] == 0
+    assert right["found"]["own"]
+    assert written["environment"]["torch"] == torch.__version__
+
+
+def test_the_gpu_run_needs_only_torch(tmp_path):
+    """But for the section hrank."""
+    without = "import sys; sys.modules.update(dict.fromkeys(['rich', 'safetensors', 'jinja2', 'typer'])); "
+    start = (
+        f"import runpy; sys.path.insert(0, {str(BENCHMARKS)!r}); runpy.run_path('benchmarks/gpu.py', None, '__main__')"
+    )
+    options = ("--only", "graphs", "--device", "cpu", "--tiny", "--out", tmp_path / "found.json")
+    done = run("-c", without + start, *options)
+    assert done.returncode == 0, done.stderr
+    assert "only the operators can be used" in done.stdout
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 3

@@ -1,0 +1,107 @@
+"""What the host header (tests/cuda_on_cpu/device_host.h) notices in kernels that are right or wrong."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_kernels import SCHEDULES, Kernels, defined_behaviour, unneeded_barriers  # noqa: F401
+
+THREADS = 96  # of each block
+SHARED_BYTES = 4 * THREADS
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(tmp_path_factory.mktemp("barriers") / "barriers.so", "barrier_kernels.cpp", [])
+
+
+def run(kernels: Kernels, name: str, schedule: int = 0, blocks: int = 2, shared: int = SHARED_BYTES) -> torch.Tensor:
+    out = torch.zeros(blocks, THREADS)
+    arguments = (name.encode(), blocks, ctypes.c_size_t(shared), ctypes.c_void_p(out.data_ptr()))
+    kernels.call("run_kernel", *arguments, schedule=schedule)
+    return out
+
+
+INDEX = torch.arange(THREADS)
+RIGHT = {
+    "reverse_block": INDEX.flip(0),
+    "reverse_warps": INDEX.reshape(-1, 32).flip(1).flatten(),
+    "rotate_twice": (INDEX + 2) % THREADS,
+    "one_too_many": INDEX,
+    "shuffles": INDEX // 32 * 32 * 100001 + (INDEX + 1) % 32 + (INDEX ^ 5) * 1000,
+    "votes": torch.full((THREADS,), 2),
+    "warp_votes": 16 + (INDEX // 32 == 1).int(),
+    "half_warps": torch.ones(THREADS),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_kernel_is_right_in_every_schedule(kernels: Kernels, name: str, schedule: int) -> None:
+    assert torch.equal(run(kernels, name, schedule), RIGHT[name].float().expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "unneeded"), [("reverse_block", 0), ("reverse_warps", 0), ("rotate_twice", 0), ("one_too_many", 1)]
+)
+def test_a_missing_barrier_shows_between_schedules(kernels: Kernels, name: str, unneeded: int) -> None:
+    assert len(unneeded_barriers(kernels, lambda schedule: [run(kernels, name, schedule)])) == unneeded
+
+
+@pytest.mark.parametrize("name", ["read_unwritten_static", "read_unwritten_dynamic"])
+def test_shared_memory_starts_as_nan_in_every_block(kernels: Kernels, name: str) -> None:
+    assert run(kernels, name).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("thread_leaves", r"divergent barrier: .* 1 exited; 95 wait at \S+barrier_kernels.cpp:\d+;"),
+        ("two_barriers", r"divergent barrier: .* 48 wait at \S+:\d+; 48 wait at \S+:\d+;"),
+        ("lane_skips_shuffle", r"divergent barrier: .* 65 exited; 31 wait at"),
+        ("barrier_or_shuffle", r"divergent barrier: .* 32 exited; 64 wait at"),
+    ],
+)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_divergent_barrier_is_an_error(kernels: Kernels, name: str, match: str, schedule: int) -> None:
+    with pytest.raises(RuntimeError, match=match):
+        run(kernels, name, schedule)
+    assert torch.equal(run(kernels, "reverse_block")[0], RIGHT["reverse_block"].float())  # and the next launch is sound
+
+
+def test_an_impossible_launch_is_an_error(kernels: Kernels) -> None:
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        run(kernels, "votes", blocks=0)
+
+
+def test_shared_memory_ends_where_the_device_says(kernels: Kernels) -> None:
+    most = kernels.size("max_shared_bytes")
+    kernels.library.set_max_shared_bytes(ctypes.c_size_t(50 << 10))
+    try:
+        assert kernels.size("max_shared_bytes") == 50 << 10
+        run(kernels, "reverse_warps", shared=50 << 10)
+        with pytest.raises(RuntimeError, match="invalid configuration"):
+            run(kernels, "reverse_warps", shared=(50 << 10) + 1)
+    finally:
+        kernels.library.set_max_shared_bytes(ctypes.c_size_t(most))
+
+
+def test_a_write_beyond_dynamic_shared_memory_is_an_error(kernels: Kernels) -> None:
+    with pytest.raises(RuntimeError, match="a write beyond the 384 bytes of dynamic shared memory"):
+        run(kernels, "write_beyond_shared")
+    run(kernels, "write_beyond_shared", shared=2 * SHARED_BYTES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_grids_and_blocks_of_three_dimensions(kernels: Kernels, schedule: int) -> None:
+    grid, block = (2, 3, 4), (5, 2, 3)
+    out, count = torch.full((12, 6, 10), -1, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (out, count)]
+    sizes = [(ctypes.c_uint * 3)(*x) for x in (grid, block)]
+    kernels.call("run_number_threads", *sizes, *pointers, schedule=schedule)
+    assert torch.equal(out.flatten().sort().values, torch.arange(720, dtype=torch.int32))
+    first_block = out[:3, :2, :5].flatten()
+    if schedule == 0:
+        assert torch.equal(first_block, torch.arange(30, dtype=torch.int32))
+    if schedule == 1:
+        assert torch.equal(first_block, torch.arange(719, 689, -1, dtype=torch.int32))
