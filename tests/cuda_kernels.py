@@ -155,7 +155,7 @@ def far_apart(values: torch.Tensor, strides: Shape) -> torch.Tensor:
     return memory.as_strided(values.shape, strides).copy_(values)
 
 
-FAR_STRIDES: list[Shape] = [(2**31, 16, 1), (2**31, 1, 8), (2**31, 64, 4), (1 << 10, 1, 2**28), (1, 1 << 29, 32)]
+FAR_STRIDES: list[Shape] = [(2**31, 16, 1), (2**31, 1, 8), (2**31, 64, 4), (1 << 10, 1, 9 << 24), (1, 5 << 26, 32)]
 
 # At and around the widths of loads, warps and batches of loads; examples in parts, and enough to be taken together.
 SHAPES: list[Shape] = [

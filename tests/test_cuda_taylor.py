@@ -9,8 +9,8 @@ import pytest
 import torch
 from cuda_kernels import (  # noqa: F401
     DEVICES,
-    ROOT,
     FAR_STRIDES,
+    ROOT,
     SCHEDULES,
     SHAPES,
     SHAPES_OF_MANY_EXAMPLES,

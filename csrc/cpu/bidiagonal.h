@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "load.h"
 #include "sturm.h"
@@ -18,12 +19,6 @@ class BidiagonalMaps {
  public:
   static constexpr int kLanes = sizeof(Lanes) / sizeof(double);
   using Mask = MaskOf<Lanes>;
-
-  // The largest magnitude of every map, and whether all its elements are finite.
-  struct Extent {
-    Lanes largest{};
-    Mask finite = ~Mask{};
-  };
 
   // They are transposed if that makes rows >= columns.
   BidiagonalMaps(int64_t height, int64_t width)
@@ -38,39 +33,20 @@ class BidiagonalMaps {
     next_x_ = x_ + rows_;
   }
 
-  // Loads maps [first, first + kLanes), of which those past `last` are `last` again.
+  // Loads maps [first, first + kLanes), of which those past `last` are `last` again, times the power of two that it
+  // returns. That is one unless elements are so extreme that their squares would overflow or vanish, which float64
+  // alone can hold.
   template <class T>
-  Extent load(const MapView& view, int64_t first, int64_t last) {
+  Lanes load(const MapView& view, int64_t first, int64_t last) {
     const bool transposed = view.width >= view.height;
     const int64_t row_stride = transposed ? view.column_stride : view.row_stride;
     const int64_t column_stride = transposed ? view.row_stride : view.column_stride;
     const T* map[kLanes];
     for (int l = 0; l < kLanes; ++l) map[l] = map_at<T>(view, std::min(first + l, last));
-    Extent extent;
     for (int64_t c = 0; c < columns_; ++c)
-      for (int64_t r = 0; r < rows_; ++r) {
-        Lanes element{};
-        for (int l = 0; l < kLanes; ++l) element[l] = to_double(map[l][r * row_stride + c * column_stride]);
-        column(c)[r] = element;
-        extent.largest = larger(magnitude(element), extent.largest);
-        extent.finite &= magnitude(element) <= std::numeric_limits<double>::max();
-      }
-    return extent;
-  }
-
-  // Multiplies every map by a power of two if its elements are so extreme that their squares would overflow or
-  // vanish, which happens in float64 only, and returns it. The clamp is for the power to have a reciprocal.
-  Lanes scale(const Lanes& largest) {
-    const Mask extreme = (largest > 1e60) | ((largest < 1e-60) & (largest > 0.0));
-    int64_t any = 0;
-    for (int l = 0; l < kLanes; ++l) any |= extreme[l];
-    if (any == 0) return broadcast(1);
-    const Lanes in_range = smaller(larger(largest, broadcast(0x1p-1022)), broadcast(0x1p+1022));
-    const Mask exponent = Mask{} + (int64_t(0x7ff) << 52);
-    const Lanes scale = 1.0 / (Lanes)((Mask)in_range & exponent);
-    for (int64_t c = 0; c < columns_; ++c)
-      for (int64_t r = 0; r < rows_; ++r) column(c)[r] *= scale;
-    return scale;
+      for (int64_t r = 0; r < rows_; ++r)
+        for (int l = 0; l < kLanes; ++l) column(c)[r][l] = to_double(map[l][r * row_stride + c * column_stride]);
+    return std::is_same_v<T, double> ? scale() : broadcast(1);
   }
 
   // Overwrites the maps by their bidiagonal form, reading and writing them once per step. The row reflection of
@@ -110,6 +86,13 @@ class BidiagonalMaps {
       x_[i] = i == 0 ? Lanes{} : diagonal_[i - 1] * above_[i];
     }
     return square_root(largest_eigenvalue(v_, x_, columns_));
+  }
+
+  // Whether all elements of the maps were: a NaN or an infinity does not get lost on the way to the bidiagonal form.
+  Mask finite() const {
+    Lanes zero{};
+    for (int64_t i = 0; i < columns_; ++i) zero += diagonal_[i] * 0.0 + above_[i] * 0.0;
+    return zero == 0.0;
   }
 
   // Number of singular values of the bidiagonal form above a positive threshold.
@@ -153,6 +136,20 @@ class BidiagonalMaps {
       odd += x[i + 1] * x[i + 1];
     }
     return i < count ? even + odd + x[i] * x[i] : even + odd;
+  }
+
+  Lanes scale() {
+    Lanes largest{};
+    for (int64_t c = 0; c < columns_; ++c)
+      for (int64_t r = 0; r < rows_; ++r) largest = larger(magnitude(column(c)[r]), largest);
+    const Mask extreme = (largest > 1e60) | ((largest < 1e-60) & (largest > 0.0));
+    const Lanes in_range = smaller(larger(largest, broadcast(0x1p-1022)), broadcast(0x1p+1022));  // has a reciprocal
+    const Mask exponent = Mask{} + (int64_t(0x7ff) << 52);
+    const Lanes power = 1.0 / (Lanes)((Mask)in_range & exponent);
+    const Lanes scale = extreme ? power : broadcast(1);
+    for (int64_t c = 0; c < columns_; ++c)
+      for (int64_t r = 0; r < rows_; ++r) column(c)[r] *= scale;
+    return scale;
   }
 
   Lanes* column(int64_t c) const { return memory_.get() + c * stride_; }

@@ -39,14 +39,14 @@ inline void rank_maps(const RankArgs& args, int64_t begin, int64_t end) {
   Maps maps(args.x.height, args.x.width);
   const double relative = relative_threshold(args);
   for (int64_t first = begin; first < end; first += Maps::kLanes) {
-    typename Maps::Extent extent;
+    Lanes scale;
     with_element_type(args.x.dtype,
-                      [&](auto zero) { extent = maps.template load<decltype(zero)>(args.x, first, end - 1); });
-    const Lanes scale = maps.scale(extent.largest);
+                      [&](auto zero) { scale = maps.template load<decltype(zero)>(args.x, first, end - 1); });
     maps.bidiagonalise();
+    const auto finite = maps.finite();
     const Lanes threshold = larger(relative * maps.largest_singular_value(), args.atol * scale);
     const auto count = maps.count_above(threshold);
-    for (int l = 0; l < Maps::kLanes && first + l < end; ++l) args.ranks[first + l] = extent.finite[l] ? count[l] : -1;
+    for (int l = 0; l < Maps::kLanes && first + l < end; ++l) args.ranks[first + l] = finite[l] ? count[l] : -1;
   }
 }
 
