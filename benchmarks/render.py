@@ -137,6 +137,15 @@ def ratios(operator: str, peers: tuple[str, ...]) -> str:
     return table(["activation", *next(iter(cells.values()))], [[shape, *row.values()] for shape, row in cells.items()])
 
 
+def cuda_estimates() -> str:
+    """What the CUDA kernels of rank take by count."""
+    rows = [
+        [f"{size}x{size}", f"{row['seconds'] * 1e9:,.1f} ns", row["waits_for"]]
+        for size, row in results.read("cuda_estimates")["rank"].items()
+    ]
+    return table(["map", "time per map", "unit at its limit"], rows)
+
+
 def hrank() -> str:
     """The sentence about HRank's procedure."""
     measured = results.read("hrank")
@@ -184,7 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(low_rank, pruning, planning, kills, handover, collect_cost, demo, headline),
-        *(rank_speed, taylor_speed, moments_speed, hrank),
+        *(rank_speed, taylor_speed, moments_speed, hrank, cuda_estimates),
     )
 }
 

@@ -237,14 +237,6 @@ def test_a_square_beyond_double_leaves_the_batch_out(moments: Moments) -> None:
     assert (state.count, state.skipped) == (2, 1)
 
 
-@pytest.mark.parametrize(("shape", "count"), [((0, 4, 9), 0), ((3, 0, 9), 27), ((3, 4, 0), 0)], ids=str)
-def test_an_empty_batch_changes_the_count_at_most(moments: Moments, shape: Shape, count: int) -> None:
-    state = State.zero(shape[1], moments.device)
-    moments(state, torch.empty(shape, device=moments.device))
-    assert state.count == count
-    assert not any(tensor.any() for tensor in state.tensors()[1:])
-
-
 @pytest.mark.parametrize("strides", FAR_STRIDES, ids=str)
 def test_offsets_beyond_32_bits(moments: Moments, strides: Shape) -> None:
     x = exact_batch((2, 8, 16), moments.device)

@@ -140,13 +140,13 @@ def test_masked_positions_may_hold_anything(device):
     torch.testing.assert_close(state[2][0] / 8, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 5, 0)])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
 def test_an_empty_batch_changes_nothing(shape, device):
-    x = torch.empty(shape, device=device)
+    x, channels = torch.empty(shape, device=device), shape[1]
     for update, state in (
-        (lambda s: OPS.covariance_update_(x, 1, 1, 1.0, None, *s), covariance_state(5, device=device)),
-        (lambda s: OPS.taylor_update_(x, x, 1, 1.0, *s), taylor_state(5, device)),
-        (lambda s: OPS.channel_moments_update_(x, 1, *s), moments_state(5, device)),
+        (lambda s: OPS.covariance_update_(x, 1, 1, 1.0, None, *s), covariance_state(channels, device=device)),
+        (lambda s: OPS.taylor_update_(x, x, 1, 1.0, *s), taylor_state(channels, device)),
+        (lambda s: OPS.channel_moments_update_(x, 1, *s), moments_state(channels, device)),
     ):
         update(state)
         assert not any(tensor.any() for tensor in state)

@@ -196,6 +196,20 @@ def test_nonfinite_maps_leave_their_neighbours_alone(size: int, generator: torch
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("height", "width"), [(1, 6), (7, 5), (66, 65)])
+def test_a_nonfinite_element_shows_wherever_it_is(
+    height: int, width: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    places = torch.randperm(height * width, generator=generator)[:35]
+    places[:3] = torch.tensor([0, width - 1, height * width - 1])
+    for base in (torch.zeros(height, width, dtype=dtype), torch.randn(height, width, generator=generator).to(dtype)):
+        for value in (float("nan"), float("inf")):
+            maps = base.repeat(1, len(places), 1, 1)
+            maps.flatten(2)[0, torch.arange(len(places)), places] = value
+            assert (rank(maps) == -1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("height", "width"), [(12, 14), (70, 70)])
 def test_strides(dtype: torch.dtype, height: int, width: int, generator: torch.Generator) -> None:

@@ -25,8 +25,9 @@ class Gram {
       : rows_(std::max(height, width)),
         size_(std::min(height, width)),
         blocks_(2 * ((size_ + 2 * kLanes - 1) / (2 * kLanes))),
-        memory_(new Lanes[kLanes * blocks_ * blocks_ + blocks_ * std::max(rows_, 4 * kPanel)]) {
-    factor_ = memory_.get() + kLanes * blocks_ * blocks_;
+        memory_(new Lanes[kLanes * blocks_ * blocks_ + blocks_ * (2 * kPanel + std::max(rows_, kPanelStride))]) {
+    vectors_ = memory_.get() + kLanes * blocks_ * blocks_;
+    factor_ = vectors_ + 2 * kPanel * blocks_;
   }
 
   // A'A of the map A, or A A' if its width exceeds its height. The map is multiplied by a power of two if its elements
@@ -51,10 +52,10 @@ class Gram {
       scale = std::scalbn(1.0, -std::clamp(std::ilogb(top), -1022, 1022));  // subnormal numbers have no reciprocal
       for (Lanes* x = factor_; x < factor_ + rows_ * blocks_; ++x) *x *= scale;
     }
-    std::fill(memory_.get(), factor_, Lanes{});
+    std::fill(memory_.get(), vectors_, Lanes{});
     for (int64_t first = 0; first < rows_; first += kCachedRows) {
-      const Lanes* const rows = factor_ + first * blocks_;
-      add_products(rows, rows, std::min(kCachedRows, rows_ - first), 0);
+      const Lanes* const rows = factor_ + first;
+      add_products(rows, rows, rows_, std::min(kCachedRows, rows_ - first), 0);
     }
     return scale;
   }
@@ -68,13 +69,16 @@ class Gram {
         beside[(first + l) * step] = last_image_;
         diagonal[(first + l) * step] = reflect(first + l, l);
       }
-      if (first + count < size_) add_products(panel(0), panel(2 * kPanel), 2 * kPanel, (first + count) / kLanes);
+      if (first + count < size_) {
+        add_products(factor_, factor_ + 2 * kPanel, kPanelStride, 2 * kPanel, (first + count) / kLanes);
+      }
     }
   }
 
  private:
   static constexpr int64_t kPanel = 8;
-  static constexpr int64_t kCachedRows = 128;
+  static constexpr int64_t kPanelStride = 4 * kPanel + 1;  // odd, or blocks would meet in the same cache sets
+  static constexpr int64_t kCachedRows = 256;
 
   // The kLanes columns of the block in row i and column j of blocks.
   Lanes* block(int64_t i, int64_t j) const { return memory_.get() + (j * blocks_ + i) * kLanes; }
@@ -85,31 +89,36 @@ class Gram {
     const int64_t row_stride = transposed ? view.column_stride : view.row_stride;
     const int64_t column_stride = transposed ? view.row_stride : view.column_stride;
     for (int64_t r = 0; r < rows_; ++r) {
-      double* const row = (double*)(factor_ + r * blocks_);
-      const T* const from = map + r * row_stride;
-      if (column_stride == 1) {
-        for (int64_t c = 0; c < size_; ++c) row[c] = to_double(from[c]);
-      } else {
-        for (int64_t c = 0; c < size_; ++c) row[c] = to_double(from[c * column_stride]);
+      for (int64_t b = 0; b < blocks_; ++b) {
+        Lanes& element = factor_[b * rows_ + r];
+        const T* const from = map + r * row_stride + b * kLanes * column_stride;
+        const int64_t count = std::min<int64_t>(kLanes, size_ - b * kLanes);
+        if (column_stride == 1 && count == kLanes) {
+          for (int c = 0; c < kLanes; ++c) element[c] = to_double(from[c]);
+        } else {
+          for (int c = 0; c < kLanes; ++c) element[c] = c < count ? to_double(from[c * column_stride]) : 0.0;
+        }
       }
-      std::fill(row + size_, row + blocks_ * kLanes, 0.0);
     }
   }
 
-  // Lists of vectors of a panel, kPanel each: v, w, -w, -v. So the update -v w' - w v' is a sum of 2 kPanel products.
-  Lanes* panel(int64_t index) const { return factor_ + index * blocks_; }
+  // The panel: a reflection takes v w' + w v' from the matrix.
+  Lanes* v(int64_t l) const { return vectors_ + l * blocks_; }
+  Lanes* w(int64_t l) const { return vectors_ + (kPanel + l) * blocks_; }
 
-  // Adds sum over k < count of a_k b_k' to the blocks on and below the diagonal, from `first` on.
-  void add_products(const Lanes* a, const Lanes* b, int64_t count, int64_t first) {
+  // Adds the sum over k < count of a_k b_k' to the blocks on and below the diagonal, from `first` on. The vectors lie
+  // block by block, `stride` Lanes from one block to the next, the same block of all vectors side by side.
+  void add_products(const Lanes* a, const Lanes* b, int64_t stride, int64_t count, int64_t first) {
     for (int64_t j = first; j < blocks_; ++j)
       for (int64_t i = j / 2 * 2; i < blocks_; i += 2) {
+        const Lanes *upper = a + i * stride, *lower = upper + stride;
+        const double* const right = (const double*)(b + j * stride);
         Lanes sum[kLanes][2] = {};
         for (int64_t k = 0; k < count; ++k) {
-          const Lanes upper = a[k * blocks_ + i], lower = a[k * blocks_ + i + 1];
-          const double* const right = (const double*)(b + k * blocks_ + j);
+          const Lanes upper_k = upper[k], lower_k = lower[k];
           for (int c = 0; c < kLanes; ++c) {
-            sum[c][0] += upper * right[c];
-            sum[c][1] += lower * right[c];
+            sum[c][0] += upper_k * right[k * kLanes + c];
+            sum[c][1] += lower_k * right[k * kLanes + c];
           }
         }
         for (int c = 0; c < kLanes; ++c) {
@@ -122,25 +131,23 @@ class Gram {
   // Eliminates column k, the l-th of its panel, and returns its diagonal element.
   double reflect(int64_t k, int64_t l) {
     const int64_t own_block = k / kLanes, lane = k % kLanes;
-    Lanes* const v = panel(l);
-    for (int64_t i = own_block; i < blocks_; ++i) v[i] = block(i, own_block)[lane];
+    Lanes *const u = v(l), *const p = w(l);
+    for (int64_t i = own_block; i < blocks_; ++i) u[i] = block(i, own_block)[lane];
+    double of_v[kPanel], of_w[kPanel];
     for (int64_t j = 0; j < l; ++j) {
-      const Lanes *vj = panel(j), *wj = panel(kPanel + j);
-      const double vk = vj[own_block][lane], wk = wj[own_block][lane];
-      for (int64_t i = own_block; i < blocks_; ++i) v[i] -= vj[i] * wk + wj[i] * vk;
+      of_v[j] = w(j)[own_block][lane];
+      of_w[j] = v(j)[own_block][lane];
     }
-    const double diagonal = v[own_block][lane];
-    Lanes* const w = panel(kPanel + l);
-    Lanes* const minus_w = panel(2 * kPanel + l);
-    Lanes* const minus_v = panel(3 * kPanel + l);
+    subtract_panel(l, of_v, of_w, own_block, u);
+    const double diagonal = u[own_block][lane];
     if (k + 1 == size_) return diagonal;
 
     const int64_t next_block = (k + 1) / kLanes, next_lane = (k + 1) % kLanes;
-    if (next_block % 2 == 1) v[next_block - 1] = Lanes{};
-    for (int64_t c = 0; c < next_lane; ++c) v[next_block][c] = 0;
-    const double first = v[next_block][next_lane];
-    v[next_block][next_lane] = 0;
-    const double rest = dot(v, v, next_block);
+    if (next_block % 2 == 1) u[next_block - 1] = Lanes{};
+    for (int64_t c = 0; c < next_lane; ++c) u[next_block][c] = 0;
+    const double first = u[next_block][next_lane];
+    u[next_block][next_lane] = 0;
+    const double rest = dot(u, u, next_block);
     double inverse = 0;
     last_image_ = first;
     if (rest > kNegligible) {
@@ -148,49 +155,64 @@ class Gram {
       last_image_ = first > 0 ? -norm : norm;
       inverse = 1 / (first * first + rest + std::abs(first) * norm);
     }
-    v[next_block][next_lane] = first - last_image_;
+    u[next_block][next_lane] = first - last_image_;
 
-    multiply_by(v, w, next_block);
+    multiply_by(u, p, next_block);
     for (int64_t j = 0; j < l; ++j) {
-      const Lanes *vj = panel(j), *wj = panel(kPanel + j);
-      const double wv = dot(wj, v, next_block), vv = dot(vj, v, next_block);
-      for (int64_t i = next_block; i < blocks_; ++i) w[i] -= vj[i] * wv + wj[i] * vv;
+      of_v[j] = dot(w(j), u, next_block);
+      of_w[j] = dot(v(j), u, next_block);
     }
-    for (int64_t c = 0; c < next_lane; ++c) w[next_block][c] = 0;
-    const double half = dot(w, v, next_block) * inverse / 2;
+    subtract_panel(l, of_v, of_w, next_block, p);
+    for (int64_t c = 0; c < next_lane; ++c) p[next_block][c] = 0;
+    const double half = dot(p, u, next_block) * inverse / 2;
     for (int64_t i = next_block; i < blocks_; ++i) {
-      w[i] = (w[i] - v[i] * half) * inverse;
-      minus_w[i] = -w[i];
-      minus_v[i] = -v[i];
+      p[i] = (p[i] - u[i] * half) * inverse;
+      Lanes* const packed = factor_ + i * kPanelStride + l;
+      packed[0] = u[i];
+      packed[kPanel] = p[i];
+      packed[2 * kPanel] = -p[i];
+      packed[3 * kPanel] = -u[i];
     }
     return diagonal;
   }
 
-  // p = matrix v, over the blocks from `first` on; two columns of blocks at a time.
-  void multiply_by(const Lanes* v, Lanes* p, int64_t first) {
+  // from -= the sum over j < l of v(j) of_v[j] + w(j) of_w[j], over the blocks from `first` on.
+  void subtract_panel(int64_t l, const double* of_v, const double* of_w, int64_t first, Lanes* from) const {
+    for (int64_t i = first; i < blocks_; ++i) {
+      Lanes sum[2] = {};
+      for (int64_t j = 0; j < l; ++j) {
+        sum[0] += v(j)[i] * of_v[j];
+        sum[1] += w(j)[i] * of_w[j];
+      }
+      from[i] -= sum[0] + sum[1];
+    }
+  }
+
+  // p = matrix u, over the blocks from `first` on; two columns of blocks at a time.
+  void multiply_by(const Lanes* u, Lanes* p, int64_t first) {
     first = first / 2 * 2;
     std::fill(p + first, p + blocks_, Lanes{});
     for (int64_t j = first; j < blocks_; j += 2) {
-      const double* const vj = (const double*)(v + j);
+      const double* const uj = (const double*)(u + j);
       const Lanes *a = block(j, j), *b = block(j, j + 1);
       Lanes across[2][kLanes] = {};
-      for (int c = 0; c < kLanes; ++c) across[0][c] = a[kLanes + c] * v[j + 1];
-      multiply_block(a, vj, p[j]);
-      multiply_block(a + kLanes, vj, p[j + 1]);
-      multiply_block(b + kLanes, vj + kLanes, p[j + 1]);
+      for (int c = 0; c < kLanes; ++c) across[0][c] = a[kLanes + c] * u[j + 1];
+      multiply_block(a, uj, p[j]);
+      multiply_block(a + kLanes, uj, p[j + 1]);
+      multiply_block(b + kLanes, uj + kLanes, p[j + 1]);
       for (int64_t i = j + 2; i < blocks_; ++i) {
         a = block(i, j);
         b = block(i, j + 1);
-        const Lanes vi = v[i];
+        const Lanes ui = u[i];
         Lanes even = p[i], odd{};
         for (int c = 0; c < kLanes; ++c) {
           Lanes ac = a[c], bc = b[c];
           load_once(ac);
           load_once(bc);
-          even += ac * vj[c];
-          odd += bc * vj[kLanes + c];
-          across[0][c] += ac * vi;
-          across[1][c] += bc * vi;
+          even += ac * uj[c];
+          odd += bc * uj[kLanes + c];
+          across[0][c] += ac * ui;
+          across[1][c] += bc * ui;
         }
         p[i] = even + odd;
       }
@@ -261,7 +283,8 @@ class Gram {
   int64_t rows_, size_;  // of the map
   int64_t blocks_;       // on each side of the matrix
   std::unique_ptr<Lanes[]> memory_;
-  Lanes* factor_;  // rows to multiply, then the vectors of a panel
+  Lanes* vectors_;  // of the panel, v and w
+  Lanes* factor_;   // the map, then the panel packed for add_products: v, w, -w, -v
   double last_image_ = 0;
 };
 

@@ -43,8 +43,6 @@ __global__ void __launch_bounds__(kThreads) sum_units(const Sums* units, Plan pl
   batch[channel] = total;
 }
 
-inline bool empty(const ChannelView& x) { return x.examples == 0 || x.channels == 0 || x.positions == 0; }
-
 // How many doubles sum_channels needs.
 template <class Op>
 int64_t sums_workspace(const Op& op) {

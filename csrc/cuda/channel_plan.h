@@ -104,7 +104,6 @@ Choice<Op> choose_for(const Op& op) {
   return rows<Any>(op);
 }
 
-// For a batch that is not empty.
 template <class Op>
 Choice<Op> choose(const Op& op) {
   const Dtype dtype = op.x[0].dtype;

@@ -79,13 +79,10 @@ Moments moments_of(const MomentsArgs& args) { return {{joined(args.x)}}; }
 
 }  // namespace
 
-int64_t channel_moments_workspace(const MomentsArgs& args) {
-  return empty(args.x) ? 0 : sums_workspace(moments_of(args));
-}
+int64_t channel_moments_workspace(const MomentsArgs& args) { return sums_workspace(moments_of(args)); }
 
 void channel_moments_update(const MomentsArgs& args, cudaStream_t stream) {
-  if (args.x.examples * args.x.positions == 0) return;
-  if (args.x.channels > 0) sum_channels(moments_of(args), args.workspace, stream);
+  sum_channels(moments_of(args), args.workspace, stream);
   launch(commit, dim3(1), dim3(kCommitThreads), 0, stream, args, reinterpret_cast<const Sums*>(args.workspace));
 }
 

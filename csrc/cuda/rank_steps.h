@@ -2,8 +2,7 @@
 // Householder reflections, then one Sturm sequence of the Golub-Kahan matrix; all in float64.
 #pragma once
 
-#include "../kernels.h"
-#include "device.h"
+#include "elements.h"
 
 namespace pcafast::cuda::rank {
 
@@ -21,17 +20,7 @@ struct Matrices {
     return map / channels * example_stride + map % channels * channel_stride;
   }
   __device__ double element(int64_t start, int row, int column) const {
-    const int64_t index = start + row * row_stride + column * column_stride;
-    switch (dtype) {
-      case Dtype::kFloat16:
-        return to_real(static_cast<const Float16*>(data)[index]);
-      case Dtype::kBFloat16:
-        return to_real(static_cast<const BFloat16*>(data)[index]);
-      case Dtype::kFloat32:
-        return static_cast<const float*>(data)[index];
-      default:
-        return static_cast<const double*>(data)[index];
-    }
+    return to_real(cuda::element<Any>(data, dtype, start + row * row_stride + column * column_stride));
   }
 };
 

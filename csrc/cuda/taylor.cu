@@ -121,14 +121,11 @@ auto with_op(const TaylorArgs& args, Use use) {
 }  // namespace
 
 int64_t taylor_workspace(const TaylorArgs& args) {
-  if (empty(args.activation)) return 0;
   return with_op(args, [](const auto& op) { return sums_workspace(op); });
 }
 
 void taylor_update(const TaylorArgs& args, cudaStream_t stream) {
-  const ChannelView& a = args.activation;
-  if (a.examples * a.positions == 0) return;
-  if (a.channels > 0) with_op(args, [&](const auto& op) { sum_channels(op, args.workspace, stream); });
+  with_op(args, [&](const auto& op) { sum_channels(op, args.workspace, stream); });
   launch(commit, dim3(1), dim3(kCommitThreads), 0, stream, args, reinterpret_cast<const Sums*>(args.workspace));
 }
 
