@@ -1,7 +1,7 @@
 """What the CUDA kernels must do at least, counted from their source, over what an H200 can do by its datasheet.
 
-Estimates, not measurements: they stand where no GPU has been at hand, and say which unit a kernel waits for. Instructions
-are those of one warp; a multiprocessor is taken to be busy all the time.
+Estimates, not measurements: they stand where no GPU has been at hand, and say which unit a kernel waits for.
+Instructions are those of one warp; a multiprocessor is taken to be busy all the time.
 
     python benchmarks/cuda_estimates.py
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import results
 
-# NVIDIA H200 datasheet; instructions of a warp per clock and multiprocessor from the CUDA programming guide, "Arithmetic
-# Instructions", compute capability 9.0.
+# NVIDIA H200 datasheet; instructions of a warp per clock and multiprocessor from the CUDA programming guide,
+# "Arithmetic Instructions", compute capability 9.0.
 BYTES_PER_SECOND = 4.8e12
 MULTIPROCESSORS = 132
 CLOCKS_PER_SECOND = 1.98e9
