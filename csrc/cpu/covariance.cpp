@@ -8,40 +8,23 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <memory>
+#include <set>
 #include <type_traits>
 #include <vector>
 
 #include "../kernels.h"
+#include "covariance_panel.h"
 #include "load.h"
 #include "multiarch.h"
 
 namespace pcafast::cpu {
 namespace {
 
-constexpr int64_t kPanelSamples = 512;
-constexpr int64_t kTile = 4;  // channels on each side of a register tile
+constexpr int64_t kTaskRows = 64;  // rows of products that a thread takes at a time
 // Below this many doubles every slice of the batch gets a co-moment of its own.
 constexpr int64_t kPrivateDoubles = 1 << 18;
 constexpr int64_t kSliceWork = 1 << 18;  // products that are worth a thread
-
-// Samples are numbered example by example, position by position.
-struct Samples {
-  ChannelView x;
-  const double* weight;
-  int64_t size() const { return x.examples * x.positions; }
-};
-
-// Visits the samples [begin, end) as runs inside one example: use(offset of the first, first sample, length).
-template <class Use>
-inline void for_each_run(const ChannelView& x, int64_t begin, int64_t end, int64_t longest, Use&& use) {
-  while (begin < end) {
-    const int64_t n = begin / x.positions, p = begin % x.positions;
-    const int64_t length = std::min({end - begin, x.positions - p, longest});
-    use(n * x.example_stride + p * x.position_stride, begin, length);
-    begin += length;
-  }
-}
 
 // Per channel the weighted sum over samples [begin, end), and the sum of the weights.
 template <class T>
@@ -49,7 +32,7 @@ inline double sum_samples(const Samples& s, int64_t begin, int64_t end, double* 
   const ChannelView& x = s.x;
   const T* data = static_cast<const T*>(x.data);
   double weights = 0;
-  for_each_run(x, begin, end, kPanelSamples, [&](int64_t offset, int64_t first, int64_t length) {
+  for_each_run(x, begin, end, [&](int64_t offset, int64_t first, int64_t length) {
     const double* w = s.weight == nullptr ? nullptr : s.weight + first;
     for (int64_t i = 0; i < length; ++i) weights += w == nullptr ? 1.0 : w[i];
     if (x.channel_stride == 1) {
@@ -80,124 +63,68 @@ inline double sum_samples(const Samples& s, int64_t begin, int64_t end, double* 
   return weights;
 }
 
-// Centred samples of the channels of one group, channel by channel; positions of weight zero are left out and the
-// others scaled by the square root of their weight. Returns how many samples were packed, padded with zeros to a
-// whole number of vectors.
-template <class T, class Work>
-inline int64_t pack_panel(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, int64_t channels,
-                          const double* mean, double unit, Work* panel) {
-  constexpr int64_t kBlock = 16;  // samples read together where channels lie side by side
-  const ChannelView& x = s.x;
-  const T* data = static_cast<const T*>(x.data) + first_channel * x.channel_stride;
-  const int64_t longest = x.channel_stride == 1 ? kBlock : kPanelSamples;
-  int64_t packed = 0;
-  for_each_run(x, begin, end, longest, [&](int64_t offset, int64_t first, int64_t length) {
-    int64_t kept = length;
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* row = data + offset + c * x.channel_stride;
-      const Work centre = static_cast<Work>(mean[first_channel + c]);
-      Work* to = panel + c * kPanelSamples + packed;
-      auto centred = [&](int64_t i) {
-        if constexpr (std::is_same_v<Work, double>) {
-          return (to_double(row[i]) - centre) * unit;
-        } else {
-          return (to_float(row[i]) - centre) * static_cast<Work>(unit);
-        }
-      };
-      if (s.weight != nullptr) {
-        kept = 0;
-        for (int64_t i = 0; i < length; ++i) {
-          const double w = s.weight[first + i];
-          if (w != 0) to[kept++] = static_cast<Work>(std::sqrt(w)) * centred(i * x.position_stride);
-        }
-      } else if (x.position_stride == 1) {  // the stride known to the compiler, so that it vectorises
-        for (int64_t i = 0; i < length; ++i) to[i] = centred(i);
-      } else {
-        for (int64_t i = 0; i < length; ++i) to[i] = centred(i * x.position_stride);
-      }
-    }
-    packed += kept;
-  });
-  const int64_t padded = (packed + kBlock - 1) / kBlock * kBlock;
-  for (int64_t c = 0; c < channels; ++c) {
-    std::fill(panel + c * kPanelSamples + packed, panel + c * kPanelSamples + padded, Work(0));
-  }
-  return padded;
-}
-
-// A tile of products: out[i][j] += sum over samples of a[i] * b[j].
-template <int kRows, int kColumns, class Work>
-inline void add_tile(const Work* a, const Work* b, int64_t samples, double* out, int64_t out_stride) {
-  constexpr int kWidth = 64 / sizeof(Work);
-  typedef Work Vector __attribute__((vector_size(64)));
-  Vector sums[kRows][kColumns] = {};
-  for (int64_t k = 0; k < samples; k += kWidth) {
-    Vector left[kRows], right[kColumns];
-    for (int i = 0; i < kRows; ++i) std::memcpy(&left[i], a + i * kPanelSamples + k, sizeof(Vector));
-    for (int j = 0; j < kColumns; ++j) std::memcpy(&right[j], b + j * kPanelSamples + k, sizeof(Vector));
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j) sums[i][j] += left[i] * right[j];
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
-      Work sum = 0;
-      for (int l = 0; l < kWidth; ++l) sum += sums[i][j][l];
-      out[i * out_stride + j] += sum;
-    }
-  }
-}
-
-// Rows [begin, end) of the upper triangle of panel * panel', in tiles; the last tiles are narrower.
-template <class Work>
-inline void add_products(const Work* panel, int64_t samples, int64_t channels, int64_t begin, int64_t end,
-                         double* comoment) {
-  for (int64_t i = begin; i < end; i += kTile) {
-    const Work* a = panel + i * kPanelSamples;
-    const bool whole_rows = i + kTile <= end;
-    for (int64_t j = i; j < channels; j += kTile) {
-      const Work* b = panel + j * kPanelSamples;
-      double* out = comoment + i * channels + j;
-      if (whole_rows && j + kTile <= channels) {
-        add_tile<kTile, kTile>(a, b, samples, out, channels);
-        continue;
-      }
-      for (int64_t r = 0; r < std::min(kTile, end - i); ++r) {
-        for (int64_t c = 0; c < std::min(kTile, channels - j); ++c) {
-          add_tile<1, 1>(a + r * kPanelSamples, b + c * kPanelSamples, samples, out + r * channels + c, channels);
-        }
-      }
-    }
-  }
-}
-
-template <class T>
-using WorkType = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 PCAFAST_MULTIARCH double sum_slice(const Samples& s, int64_t begin, int64_t end, double* sums) {
   double weights = 0;
   with_element_type(s.x.dtype, [&](auto element) { weights = sum_samples<decltype(element)>(s, begin, end, sums); });
   return weights;
 }
 
-PCAFAST_MULTIARCH int64_t pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, int64_t channels,
-                               const double* mean, double unit, void* panel) {
-  int64_t samples = 0;
-  with_element_type(s.x.dtype, [&](auto element) {
-    using T = decltype(element);
-    samples = pack_panel<T>(s, begin, end, first_channel, channels, mean, unit, static_cast<WorkType<T>*>(panel));
-  });
-  return samples;
+// A panel for the instruction set at hand.
+class AnyPanel {
+ public:
+  virtual ~AnyPanel() = default;
+  virtual void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* mean,
+                    double unit) = 0;
+  virtual void multiply(int64_t begin, int64_t end, double* out) const = 0;
+};
+
+// All that a panel does is inlined into these two functions, which have the instruction set.
+#define PCAFAST_PANEL(Name, ...)                                                                                   \
+  template <class Vector>                                                                                          \
+  class Name final : public AnyPanel {                                                                             \
+   public:                                                                                                         \
+    explicit Name(int64_t channels) : panel_(channels) {}                                                          \
+    __VA_ARGS__ void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* mean, \
+                          double unit) override {                                                                  \
+      with_element_type(s.x.dtype, [&](auto element) {                                                             \
+        using T = decltype(element);                                                                               \
+        if constexpr (std::is_same_v<T, double> == std::is_same_v<typename Panel<Vector>::Work, double>) {         \
+          panel_.template pack<T>(s, begin, end, first_channel, mean, unit);                                       \
+        }                                                                                                          \
+      });                                                                                                          \
+    }                                                                                                              \
+    __VA_ARGS__ void multiply(int64_t begin, int64_t end, double* out) const override {                            \
+      panel_.multiply(begin, end, out);                                                                            \
+    }                                                                                                              \
+                                                                                                                   \
+   private:                                                                                                        \
+    Panel<Vector> panel_;                                                                                          \
+  };
+
+template <template <class> class Name, class Floats, class Doubles>
+std::unique_ptr<AnyPanel> make_panel(Dtype dtype, int64_t channels) {
+  if (dtype == Dtype::kFloat64) return std::make_unique<Name<Doubles>>(channels);
+  return std::make_unique<Name<Floats>>(channels);
 }
 
-PCAFAST_MULTIARCH void multiply(Dtype dtype, const void* panel, int64_t samples, int64_t channels, int64_t begin,
-                                int64_t end, double* comoment) {
-  if (dtype == Dtype::kFloat64) {
-    add_products(static_cast<const double*>(panel), samples, channels, begin, end, comoment);
-  } else {
-    add_products(static_cast<const float*>(panel), samples, channels, begin, end, comoment);
-  }
-}
+typedef float Floats16 __attribute__((vector_size(16)));
+typedef double Doubles16 __attribute__((vector_size(16)));
+PCAFAST_PANEL(Panel128)
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+typedef float Floats32 __attribute__((vector_size(32)));
+typedef double Doubles32 __attribute__((vector_size(32)));
+typedef float Floats64 __attribute__((vector_size(64)));
+typedef double Doubles64 __attribute__((vector_size(64)));
+PCAFAST_PANEL(Panel256, __attribute__((target("arch=x86-64-v3"), flatten)))
+PCAFAST_PANEL(Panel512, __attribute__((target("arch=x86-64-v4"), flatten)))
+
+const auto panel_for = __builtin_cpu_supports("x86-64-v4")   ? make_panel<Panel512, Floats64, Doubles64>
+                       : __builtin_cpu_supports("x86-64-v3") ? make_panel<Panel256, Floats32, Doubles32>
+                                                             : make_panel<Panel128, Floats16, Doubles16>;
+#else
+const auto panel_for = make_panel<Panel128, Floats16, Doubles16>;
+#endif
 
 // The upper triangle of the batch's co-moment of one group about `mean`, of the samples times `unit`.
 //
@@ -208,23 +135,27 @@ std::vector<double> scaled_comoment(const Samples& s, int64_t first_channel, int
   const int64_t square = channels * channels;
   const bool split_samples = square <= kPrivateDoubles;
   if (!split_samples) slices = 1;
-  const int64_t panels = (s.size() + kPanelSamples - 1) / kPanelSamples;
+  const int64_t panels = (s.size() + kMostSamples - 1) / kMostSamples;
   std::vector<double> sums(slices * square, 0.0);
   at::parallel_for(0, slices, 1, [&](int64_t slice_begin, int64_t slice_end) {
-    std::vector<double> panel(channels * kPanelSamples);  // doubles are wide enough for either working type
+    const std::unique_ptr<AnyPanel> panel = panel_for(s.x.dtype, channels);
     for (int64_t slice = slice_begin; slice < slice_end; ++slice) {
       for (int64_t k = slice * panels / slices; k < (slice + 1) * panels / slices; ++k) {
-        const int64_t begin = k * kPanelSamples, end = std::min(begin + kPanelSamples, s.size());
-        const int64_t samples = pack(s, begin, end, first_channel, channels, mean, unit, panel.data());
+        const int64_t begin = k * kMostSamples, end = std::min(begin + kMostSamples, s.size());
         double* out = sums.data() + slice * square;
+        panel->pack(s, begin, end, first_channel, mean, unit);
         if (split_samples) {
-          multiply(s.x.dtype, panel.data(), samples, channels, 0, channels, out);
+          panel->multiply(0, channels, out);
           continue;
         }
-        // Row blocks of tiles, so that the tiling does not depend on the number of threads.
-        const int64_t blocks = (channels + kTile - 1) / kTile;
-        at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-          multiply(s.x.dtype, panel.data(), samples, channels, first * kTile, std::min(last * kTile, channels), out);
+        // Blocks of rows, of which the upper are longer: every task has one from above and one from below.
+        const int64_t blocks = (channels + kTaskRows - 1) / kTaskRows;
+        at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t first, int64_t last) {
+          for (int64_t task = first; task < last; ++task) {
+            for (const int64_t block : std::set<int64_t>{task, blocks - 1 - task}) {
+              panel->multiply(block * kTaskRows, std::min((block + 1) * kTaskRows, channels), out);
+            }
+          }
         });
       }
     }
@@ -240,7 +171,7 @@ double largest_deviation(const Samples& s, int64_t first_channel, int64_t channe
   double largest = 0;
   with_element_type(s.x.dtype, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(s.x.data) + first_channel * s.x.channel_stride;
-    for_each_run(s.x, 0, s.size(), kPanelSamples, [&](int64_t offset, int64_t first, int64_t length) {
+    for_each_run(s.x, 0, s.size(), [&](int64_t offset, int64_t first, int64_t length) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t i = 0; i < length; ++i) {
           if (s.weight != nullptr && s.weight[first + i] == 0) continue;

@@ -1,0 +1,223 @@
+// A panel of centred samples, packed for the products of all pairs of channels.
+//
+// Channels are in blocks of one vector each: packed(block)[sample] has one sample of kLanes channels. A
+// tile of products is then one vector of channels times single elements of others, summed over the samples in
+// registers in the input's precision, and over the panels in float64.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "../kernels.h"
+#include "load.h"
+
+#if defined(__has_builtin)
+#define PCAFAST_HAS_SHUFFLEVECTOR __has_builtin(__builtin_shufflevector)
+#else
+#define PCAFAST_HAS_SHUFFLEVECTOR 0
+#endif
+
+namespace pcafast::cpu {
+
+// Samples are numbered example by example, position by position.
+struct Samples {
+  ChannelView x;
+  const double* weight;
+  int64_t size() const { return x.examples * x.positions; }
+};
+
+// Visits the samples [begin, end) as runs inside one example: use(offset of the first, first sample, length).
+template <class Use>
+inline void for_each_run(const ChannelView& x, int64_t begin, int64_t end, Use&& use) {
+  while (begin < end) {
+    const int64_t n = begin / x.positions, p = begin % x.positions;
+    const int64_t length = std::min(end - begin, x.positions - p);
+    use(n * x.example_stride + p * x.position_stride, begin, length);
+    begin += length;
+  }
+}
+
+constexpr int64_t kMostSamples = 256;  // of a panel
+
+// Vector is one register of float or double.
+template <class Vector>
+class Panel {
+ public:
+  using Work = std::remove_reference_t<decltype(std::declval<Vector&>()[0])>;
+  static constexpr int kBytes = sizeof(Vector);
+  static constexpr int kLanes = kBytes / sizeof(Work);
+  // Channels on the other side of a tile: with three vectors and their factors they fill the registers.
+  static constexpr int kRows = std::min(kBytes == 64 ? 8 : 4, kLanes);
+
+  explicit Panel(int64_t channels)
+      : channels_(channels),
+        blocks_((channels + kLanes - 1) / kLanes),
+        packed_(new Vector[blocks_ * kMostSamples]()),
+        centre_(new Work[blocks_ * kLanes]()) {}
+
+  // Packs the samples [begin, end), at most kMostSamples, of the channels from `first_channel` on, as (x - mean) *
+  // unit. Those of weight zero are left out, others are scaled by the square root of their weight.
+  template <class T>
+  void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* mean, double unit) {
+    const ChannelView& x = s.x;
+    std::copy(mean + first_channel, mean + first_channel + channels_, centre_.get());
+    unit_ = static_cast<Work>(unit);
+    samples_ = 0;
+    for_each_run(x, begin, end, [&](int64_t offset, int64_t first, int64_t length) {
+      const T* const data = static_cast<const T*>(x.data) + first_channel * x.channel_stride + offset;
+      if (s.weight == nullptr) {
+        pack_run(data, x.channel_stride, x.position_stride, length, unit_);
+        return;
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        const double weight = s.weight[first + i];
+        if (weight == 0) continue;
+        pack_run(data + i * x.position_stride, x.channel_stride, 1, 1, unit_ * static_cast<Work>(std::sqrt(weight)));
+      }
+    });
+  }
+
+  // Adds the products of channels i and j to out[i * channels + j], for i in [begin, end) and j >= i; what it leaves
+  // where j < i has no meaning. `begin` is a multiple of kRows. The vectors are taken in groups that stay in cache.
+  void multiply(int64_t begin, int64_t end, double* out) const {
+    const int64_t group = std::max<int64_t>(3, kCachedBytes / (kMostSamples * kBytes) / 3 * 3);
+    for (int64_t last = std::min(begin / kLanes / group * group + group, blocks_);;
+         last = std::min(last + group, blocks_)) {
+      for (int64_t row = begin; row < end; row += kRows) {
+        int64_t block = std::max(row / kLanes, (last - 1) / group * group);
+        for (; block + 3 <= last; block += 3) add_tile<kRows, 3>(row, block, out);
+        if (block + 2 == last) add_tile<kRows, 2>(row, block, out);
+        if (block + 1 == last) {
+          channels_ - row <= kRows / 2 ? add_tile<kRows / 2, 1>(row, block, out) : add_tile<kRows, 1>(row, block, out);
+        }
+      }
+      if (last == blocks_) return;
+    }
+  }
+
+ private:
+  static constexpr int64_t kCachedBytes = 512 << 10;
+
+  template <class T>
+  static Work element(T x) {
+    if constexpr (std::is_same_v<Work, double>) {
+      return to_double(x);
+    } else {
+      return to_float(x);
+    }
+  }
+
+  template <class T>
+  static Vector load(const T* from) {
+    Vector loaded;
+    if constexpr (std::is_same_v<T, Work>) {
+      std::memcpy(&loaded, from, sizeof loaded);
+    } else {
+      for (int l = 0; l < kLanes; ++l) loaded[l] = element(from[l]);
+    }
+    return loaded;
+  }
+
+  Vector* packed(int64_t block) const { return packed_.get() + block * kMostSamples; }
+  Vector centre(int64_t block) const { return load(centre_.get() + block * kLanes); }
+
+  // `count` samples, as (x - centre) * unit.
+  template <class T>
+  void pack_run(const T* data, int64_t channel_stride, int64_t position_stride, int64_t count, Work unit) {
+    const int64_t whole_blocks = channels_ / kLanes;
+    int64_t i = 0;
+    if (channel_stride == 1) {
+      for (; i < count; ++i) {
+        for (int64_t b = 0; b < whole_blocks; ++b) {
+          packed(b)[samples_ + i] = (load(data + i * position_stride + b * kLanes) - centre(b)) * unit;
+        }
+      }
+    } else if (position_stride == 1) {
+      for (; i + kLanes <= count; i += kLanes) {
+        for (int64_t b = 0; b < whole_blocks; ++b)
+          pack_tile(data + i, channel_stride, b, unit, packed(b) + samples_ + i);
+      }
+    }
+    pack_elements(data, channel_stride, position_stride, 0, whole_blocks * kLanes, i, count, unit);
+    pack_elements(data, channel_stride, position_stride, whole_blocks * kLanes, channels_, 0, count, unit);
+    samples_ += count;
+  }
+
+  // Channels [first_channel, last_channel) of samples [first, last) of a run. The lanes beyond the last channel have
+  // been zero from the beginning.
+  template <class T>
+  void pack_elements(const T* data, int64_t channel_stride, int64_t position_stride, int64_t first_channel,
+                     int64_t last_channel, int64_t first, int64_t last, Work unit) {
+    for (int64_t c = first_channel; c < last_channel; ++c) {
+      Work* const to = (Work*)(packed(c / kLanes) + samples_) + c % kLanes;
+      const T* const from = data + c * channel_stride;
+      const Work centre = centre_[c];
+      for (int64_t i = first; i < last; ++i) to[i * kLanes] = (element(from[i * position_stride]) - centre) * unit;
+    }
+  }
+
+  // kLanes channels of kLanes positions that lie side by side.
+  template <class T>
+  void pack_tile(const T* data, int64_t channel_stride, int64_t block, Work unit, Vector* to) {
+    Vector tile[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t c = block * kLanes + l;
+      tile[l] = (load(data + c * channel_stride) - centre_[c]) * unit;
+    }
+    transpose<1>(tile, std::make_index_sequence<kLanes>());
+    std::copy(tile, tile + kLanes, to);
+  }
+
+  // Lane l of tile[i] becomes lane i of tile[l].
+  template <int kDistance, size_t... l>
+  static void transpose(Vector (&tile)[kLanes], std::index_sequence<l...> lanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & kDistance) continue;
+      const Vector a = tile[i], b = tile[i + kDistance];
+#if PCAFAST_HAS_SHUFFLEVECTOR
+      tile[i] = __builtin_shufflevector(a, b, (l & kDistance ? kLanes + (l ^ kDistance) : l)...);
+      tile[i + kDistance] = __builtin_shufflevector(a, b, (l & kDistance ? kLanes + l : l ^ kDistance)...);
+#else
+      ((tile[i][l] = l & kDistance ? b[l ^ kDistance] : a[l]), ...);
+      ((tile[i + kDistance][l] = l & kDistance ? b[l] : a[l ^ kDistance]), ...);
+#endif
+    }
+    if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(tile, lanes);
+  }
+
+  template <int kCount, int kVectors>
+  void add_tile(int64_t row, int64_t block, double* out) const {
+    const Vector* const left = packed(block);
+    const Work* const right = (const Work*)packed(row / kLanes) + row % kLanes;
+    Vector sum[kCount][kVectors] = {};
+    for (int64_t s = 0; s < samples_; ++s) {
+      Vector sample[kVectors];
+      for (int v = 0; v < kVectors; ++v) sample[v] = left[v * kMostSamples + s];
+      for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += sample[v] * right[s * kLanes + r];
+      }
+    }
+    for (int64_t r = 0; r < std::min<int64_t>(kCount, channels_ - row); ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = (block + v) * kLanes;
+        double* const to = out + (row + r) * channels_ + column;
+        if (column + kLanes <= channels_) {
+          for (int l = 0; l < kLanes; ++l) to[l] += sum[r][v][l];
+        } else {
+          for (int l = 0; l < channels_ - column; ++l) to[l] += sum[r][v][l];
+        }
+      }
+    }
+  }
+
+  int64_t channels_, blocks_, samples_ = 0;
+  std::unique_ptr<Vector[]> packed_;
+  std::unique_ptr<Work[]> centre_;
+  Work unit_ = 1;
+};
+
+}  // namespace pcafast::cpu
