@@ -56,7 +56,7 @@ def large_map(size: int) -> Counts:
 def rank_row(size: int) -> dict[str, Any]:
     """Time for one map with all multiprocessors at work, and the unit that it is for."""
     counts = small_map(size) if size <= 32 else large_map(size)
-    fits = size <= 32 or 8 * (size * size + 16 * size + 4 * size) <= 227 << 10
+    fits = size <= 32 or 8 * (size * size + 16 * size + 6 * size) <= 227 << 10
     if not fits:  # the matrix comes from the second-level cache: about a quarter of the bandwidth of shared memory
         counts["shared"] *= 4
     clocks = {unit: count / PER_CLOCK[unit] for unit, count in counts.items()}

@@ -162,6 +162,8 @@ void taylor_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& ac
 
 void taylor_update_cpu(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
                        Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
+  element_type("activation", activation);
+  element_type("gradient", gradient);
   const auto common = at::promoteTypes(activation.scalar_type(), gradient.scalar_type());
   taylor_update(cpu::taylor_workspace, cpu::taylor_update, activation.to(common), gradient.to(common), channel_dim,
                 scale, examples, positions, sums, skipped);

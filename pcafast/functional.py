@@ -37,7 +37,8 @@ def covariance(x: Tensor, *, channel_dim: int = 1, correction: int = 0) -> MeanC
     Raises:
         ValueError: x has no samples, holds NaN or infinities, or is not of a floating dtype.
     """
-    count, mean, comoment, skipped = _zeros(x, (), _channels(x, channel_dim), (1, *_channels(x, channel_dim) * 2), None)
+    channels = channel_count(x, channel_dim)
+    count, mean, comoment, skipped = _zeros(x, (), (channels,), (1, channels, channels), None)
     operators.covariance_update_(x.detach(), channel_dim, 1, 1.0, None, count, mean, comoment, skipped)
     _require_data("x", x, skipped)
     return finish_covariance(count, mean, comoment, correction)
@@ -83,7 +84,7 @@ def taylor_scores(
     Raises:
         ValueError: shapes differ, no data, NaN or infinities, or a dtype that is not floating.
     """
-    examples, positions, sums, skipped = _zeros(activation, (), (), (4, *_channels(activation, channel_dim)), None)
+    examples, positions, sums, skipped = _zeros(activation, (), (), (4, channel_count(activation, channel_dim)), None)
     scale = loss_scale(activation.shape[0], loss_reduction)
     operators.taylor_update_(
         activation.detach(), gradient.detach(), channel_dim, scale, examples, positions, sums, skipped
@@ -132,12 +133,13 @@ def default_rtol(x: Tensor) -> float:
     return max(x.shape[-2:], default=0) * torch.finfo(torch.float32).eps
 
 
-def _channels(x: Tensor, channel_dim: int) -> tuple[int]:
+def channel_count(x: Tensor, channel_dim: int) -> int:
+    """How many channels ``x`` has."""
     if not -x.ndim <= channel_dim < x.ndim:
         raise ArgumentError(
             f"channel_dim: expected one of the {x.ndim} dimensions of shape {tuple(x.shape)}, got {channel_dim}"
         )
-    return (x.shape[channel_dim],)
+    return x.shape[channel_dim]
 
 
 def _zeros(x: Tensor, *shapes: tuple[int, ...] | None) -> list[Tensor]:

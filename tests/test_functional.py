@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import pcafast
+from pcafast import ChannelMoments, Covariance, FeatureMapRank, Taylor
 from pcafast.functional import covariance, feature_map_rank, taylor_scores
 
 
@@ -88,8 +89,20 @@ def test_ranks_of_known_maps(device):
         (lambda: taylor_scores(torch.ones(2, 3), torch.ones(2, 3), loss_reduction="max"), "loss_reduction: expected"),
         (lambda: taylor_scores(torch.ones(2, 3), torch.ones(2, 4)), "gradient: expected the shape"),
         (lambda: taylor_scores(torch.ones(2, 3), torch.full((2, 3), torch.inf)), "expected finite values"),
+        (lambda: taylor_scores(torch.ones(0, 3), torch.ones(0, 3)), r"expected at least one.*\(0, 3\)"),
+        (lambda: taylor_scores(torch.ones(2, 3, 0), torch.ones(2, 3, 0)), r"expected at least one.*\(2, 3, 0\)"),
+        (lambda: taylor_scores(torch.ones(2, 3), torch.ones(2, 3).int()), "gradient: expected float16.*got Int"),
         (lambda: feature_map_rank(torch.ones(3, 4)), "x: expected feature maps of shape"),
+        (lambda: feature_map_rank(torch.ones(1, 1, 3, 3).int()), "x: expected float16.*got Int"),
+        (lambda: feature_map_rank(torch.ones(1, 1, 3, 3).cfloat()), "x: expected float16.*got Complex"),
         (lambda: feature_map_rank(torch.ones(1, 1, 3, 3), rtol=-1), "rtol: expected"),
+        (lambda: feature_map_rank(torch.ones(1, 1, 3, 3), rtol=float("nan")), "rtol: expected.*got nan"),
+        (lambda: feature_map_rank(torch.ones(1, 1, 3, 3), atol=float("nan")), "atol: expected.*got nan"),
+        (lambda: FeatureMapRank(rtol=-1.0), "rtol: expected a finite number.*got -1"),
+        (lambda: FeatureMapRank(atol=float("nan")), "atol: expected a finite number.*got nan"),
+        (lambda: Taylor().update(torch.ones(3), torch.ones(3)), "channel_dim: expected one of the 1.*got 1"),
+        (lambda: ChannelMoments(channel_dim=7).update(torch.ones(3, 4)), "channel_dim: expected one of the 2.*got 7"),
+        (lambda: Covariance(channel_dim=7).update(torch.ones(3, 4)), "channel_dim: expected one of the 2.*got 7"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

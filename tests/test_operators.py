@@ -191,6 +191,14 @@ def test_covariance_of_very_large_or_small_numbers(magnitude, device):
     assert (state[2][0] / state[0] - exact).norm() / exact.norm() <= 1e-6
 
 
+def test_moments_of_numbers_whose_sum_has_no_square(device):
+    x = torch.arange(60_000.0, dtype=torch.float64, device=device)[None, None] * 1e147
+    state = moments_state(1, device)
+    OPS.channel_moments_update_(x, 1, *state)
+    expected = (x - x.mean()).div(1e147).square().mean()
+    torch.testing.assert_close(state[2].squeeze() / 1e147 / 1e147 / 60_000, expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("channels", [511, 513, 600])
 def test_covariance_of_many_channels(channels, device):
     """Where the threads share one matrix instead of having one each."""
@@ -230,6 +238,17 @@ def test_covariance_of_many_channels(channels, device):
             "weight: expected no negative number and no NaN",
         ),
         (lambda ops, x: ops.taylor_update_(x, x[:1], 1, 1.0, *taylor_state(4)), "gradient: expected the shape"),
+        (
+            lambda ops, x: ops.taylor_update_(x.int(), x.int(), 1, 1.0, *taylor_state(4)),
+            "activation: expected float16.*nt",
+        ),
+        (
+            lambda ops, x: ops.channel_moments_update_(x.to(torch.complex64), 1, *moments_state(4)),
+            "x: expected float16.*omplex",
+        ),
+        (lambda ops, x: ops.channel_moments_update_(x, -4, *moments_state(4)), "channel_dim: expected one of the 3"),
+        (lambda ops, x: ops.feature_map_rank(x[None].int(), 0.0, 0.0), "x: expected float16.*nt"),
+        (lambda ops, x: ops.feature_map_rank(x[None].to(torch.complex64), 0.0, 0.0), "x: expected float16.*omplex"),
         (lambda ops, x: ops.feature_map_rank(x, 0.0, 0.0), r"x: expected feature maps of shape \(N, C, H, W\)"),
         (lambda ops, x: ops.feature_map_rank(x[None], -1.0, 0.0), "rtol: expected a finite number that is not neg"),
         (lambda ops, x: ops.feature_map_rank(x[None], float("nan"), 0.0), "rtol: expected a finite number"),

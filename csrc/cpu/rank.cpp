@@ -39,7 +39,7 @@ inline void rank_maps(const RankArgs& args, int64_t begin, int64_t end) {
   Maps maps(args.x.height, args.x.width);
   const double relative = relative_threshold(args);
   for (int64_t first = begin; first < end; first += Maps::kLanes) {
-    Lanes scale;
+    Lanes scale{};
     with_element_type(args.x.dtype,
                       [&](auto zero) { scale = maps.template load<decltype(zero)>(args.x, first, end - 1); });
     maps.bidiagonalise();

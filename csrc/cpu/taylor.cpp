@@ -130,7 +130,7 @@ void channel_moments_update(const MomentsArgs& args) {
   for (int64_t c = 0; c < channels; ++c) {
     const double* s = &batch[c * Moments::kSums];
     const double delta = shift[c] + s[0] / added - args.mean[c];
-    args.centred_squares[c] += s[1] - s[0] * s[0] / added + delta * delta * (count * added / total);
+    args.centred_squares[c] += s[1] - s[0] * (s[0] / added) + delta * delta * (count * added / total);
     args.mean[c] += delta * (added / total);
     args.absolute[c] += s[2];
     args.zeros[c] += s[3];

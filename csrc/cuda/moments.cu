@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kCommitThreads) commit(MomentsArgs args, const
     const double centred = sums.values[kCentred];
     const double delta = shift_of<Any>(args.x, c) + centred / added - args.mean[c];
     args.centred_squares[c] +=
-        sums.values[kSquares] - centred * centred / added + delta * delta * (count * added / total);
+        sums.values[kSquares] - centred * (centred / added) + delta * delta * (count * added / total);
     args.mean[c] += delta * (added / total);
     args.absolute[c] += sums.values[kAbsolute];
     args.zeros[c] += sums.values[kZeros];

@@ -14,13 +14,14 @@ struct LargeMemory {
   int rows, columns;
 
   // In doubles, without `a`.
-  static constexpr int64_t size(int rows, int columns) { return 2 * kWarps * int64_t{rows} + 4 * columns; }
+  static constexpr int64_t size(int rows, int columns) { return 2 * kWarps * int64_t{rows} + 6 * columns; }
 
   __device__ double* column(int c) const { return a + int64_t{c} * rows; }
   __device__ double* sums(int turn) const { return beside + turn % 2 * kWarps * rows; }
   __device__ double* v(int turn) const { return sums(0) + 2 * kWarps * rows + turn % 2 * columns; }
   __device__ double* diagonal() const { return v(0) + 2 * columns; }
   __device__ double* above() const { return v(0) + 3 * columns; }
+  __device__ double* squared() const { return v(0) + 4 * columns; }  // 2 * columns
 };
 
 // Two sums over the lanes of a warp at once.
@@ -182,12 +183,12 @@ __global__ void __launch_bounds__(kLargeThreads, kChunks == 2 ? 4 : 1)
     bidiagonalise<kChunks>(memory);
     if (threadIdx.x < kWarp) {  // the form is of thread 0; the other warps are done with all but their registers
       __syncwarp();
-      const double top = largest_singular_value<kWarp>(memory.diagonal(), memory.above(), columns, memory.sums(0));
+      const double top = largest_singular_value<kWarp>(memory.diagonal(), memory.above(), columns, memory.squared());
       const double threshold = max(tolerances.relative * top, tolerances.absolute * scale);
       const int count = count_above(memory.diagonal(), memory.above(), columns, threshold);
       if (threadIdx.x == 0) ranks[map] = isfinite(largest) ? count : -1;
     }
-    __syncthreads();
+    __syncthreads();  // before the next map takes the place of this one
   }
 }
 

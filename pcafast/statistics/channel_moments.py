@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pcafast.functional import channel_count
 from pcafast.native import operators
 from pcafast.statistics.centred import combine_centred
 from pcafast.statistics.statistic import Side, State, Statistic, Total
@@ -42,7 +43,7 @@ class ChannelMoments(Statistic):
 
     def update(self, x: Tensor) -> None:
         """Take in one batch of activations (N, C, *)."""
-        state = self._ready(x.device, {"channels": x.shape[self.channel_dim]})
+        state = self._ready(x.device, {"channels": channel_count(x, self.channel_dim)})
         with self._noticing_nonfinite():
             operators.channel_moments_update_(x, self.channel_dim, *(state[name] for name in self.states))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcafast.errors import ArgumentError
-from pcafast.functional import LossReduction, MeanCovariance, finish_covariance, loss_scale
+from pcafast.functional import LossReduction, MeanCovariance, channel_count, finish_covariance, loss_scale
 from pcafast.native import operators
 from pcafast.statistics.centred import combine_centred
 from pcafast.statistics.statistic import Side, State, Statistic, Total
@@ -38,7 +38,7 @@ class _ChannelCovariance(Statistic):
         return finish_covariance(state["count"], state["mean"], state["comoment"], self.correction)
 
     def _accumulate(self, x: Tensor, weight: Tensor | None, scale: float = 1.0) -> None:
-        channels = x.shape[self.channel_dim]
+        channels = channel_count(x, self.channel_dim)
         if channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
         sizes = {"channels": channels, "groups": self.groups, "group channels": channels // self.groups}

@@ -1,11 +1,13 @@
 """Rank of feature maps, streamed."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pcafast.errors import ArgumentError
 from pcafast.functional import feature_map_rank
 from pcafast.statistics.statistic import State, Statistic, Tap
 
@@ -30,6 +32,13 @@ class FeatureMapRank(Statistic):
     tap: Tap = "activation"
     rtol: float | None = None
     atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rtol", "atol"):
+            tolerance = getattr(self, name)
+            if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
+                raise ArgumentError(f"{name}: expected a finite number that is not negative, got {tolerance}")
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:

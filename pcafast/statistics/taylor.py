@@ -6,7 +6,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from pcafast.functional import LossReduction, TaylorReduction, finish_taylor, loss_scale
+from pcafast.functional import LossReduction, TaylorReduction, channel_count, finish_taylor, loss_scale
 from pcafast.native import operators
 from pcafast.statistics.statistic import State, Statistic
 
@@ -45,7 +45,7 @@ class Taylor(Statistic):
             gradient: of the same shape.
             batch_size: examples that the loss was reduced over, if not the activation's first dimension.
         """
-        sizes = {"reductions": len(get_args(TaylorReduction)), "channels": activation.shape[self.channel_dim]}
+        sizes = {"reductions": len(get_args(TaylorReduction)), "channels": channel_count(activation, self.channel_dim)}
         state = self._ready(activation.device, sizes)
         scale = loss_scale(batch_size or len(activation), self.loss_reduction)
         with self._noticing_nonfinite():
