@@ -41,7 +41,8 @@ inline void for_each_run(const ChannelView& x, int64_t begin, int64_t end, Use&&
   }
 }
 
-constexpr int64_t kMostSamples = 256;  // of a panel
+// Of a panel. Where the products are too many for the cache it is worth to have more samples before adding to them.
+inline int64_t most_samples(int64_t channels) { return channels <= 512 ? 256 : 1024; }
 
 // Vector is one register of float or double.
 template <class Vector>
@@ -55,16 +56,20 @@ class Panel {
 
   explicit Panel(int64_t channels)
       : channels_(channels),
+        capacity_(most_samples(channels)),
         blocks_((channels + kLanes - 1) / kLanes),
-        packed_(new Vector[blocks_ * kMostSamples]()),
-        centre_(new Work[blocks_ * kLanes]()) {}
+        packed_(new Vector[blocks_ * capacity_]()),
+        centre_(new Work[blocks_ * kLanes]()),
+        roots_(new Work[capacity_]) {
+    std::fill(roots_.get(), roots_.get() + capacity_, Work(1));
+  }
 
-  // Packs the samples [begin, end), at most kMostSamples, of the channels from `first_channel` on, as (x - mean) *
-  // unit. Those of weight zero are left out, others are scaled by the square root of their weight.
+  // Packs the samples [begin, end), at most most_samples(channels), of the channels from `first_channel` on, as (x -
+  // shift) * unit. Those of weight zero are left out, others are scaled by the square root of their weight.
   template <class T>
-  void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* mean, double unit) {
+  void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* shift, double unit) {
     const ChannelView& x = s.x;
-    std::copy(mean + first_channel, mean + first_channel + channels_, centre_.get());
+    std::copy(shift + first_channel, shift + first_channel + channels_, centre_.get());
     unit_ = static_cast<Work>(unit);
     samples_ = 0;
     for_each_run(x, begin, end, [&](int64_t offset, int64_t first, int64_t length) {
@@ -74,17 +79,31 @@ class Panel {
         return;
       }
       for (int64_t i = 0; i < length; ++i) {
-        const double weight = s.weight[first + i];
-        if (weight == 0) continue;
-        pack_run(data + i * x.position_stride, x.channel_stride, 1, 1, unit_ * static_cast<Work>(std::sqrt(weight)));
+        if (s.weight[first + i] == 0) continue;
+        roots_[samples_] = static_cast<Work>(std::sqrt(s.weight[first + i]));
+        pack_run(data + i * x.position_stride, x.channel_stride, 1, 1, unit_ * roots_[samples_]);
       }
     });
+  }
+
+  // Adds the sum of (x - shift) * unit, each times its weight, to sums[c] for every channel c.
+  void add_sums(double* sums) const {
+    constexpr int64_t kTogether = 16;  // in the working type: few enough to lose next to nothing
+    for (int64_t b = 0; b < blocks_; ++b) {
+      double total[kLanes] = {};
+      for (int64_t first = 0; first < samples_; first += kTogether) {
+        Vector sum{};
+        for (int64_t i = first; i < std::min(first + kTogether, samples_); ++i) sum += packed(b)[i] * roots_[i];
+        for (int l = 0; l < kLanes; ++l) total[l] += sum[l];
+      }
+      for (int64_t c = b * kLanes; c < std::min((b + 1) * kLanes, channels_); ++c) sums[c] += total[c - b * kLanes];
+    }
   }
 
   // Adds the products of channels i and j to out[i * channels + j], for i in [begin, end) and j >= i; what it leaves
   // where j < i has no meaning. `begin` is a multiple of kRows. The vectors are taken in groups that stay in cache.
   void multiply(int64_t begin, int64_t end, double* out) const {
-    const int64_t group = std::max<int64_t>(3, kCachedBytes / (kMostSamples * kBytes) / 3 * 3);
+    const int64_t group = std::max<int64_t>(3, kCachedBytes / (capacity_ * kBytes) / 3 * 3);
     for (int64_t last = std::min(begin / kLanes / group * group + group, blocks_);;
          last = std::min(last + group, blocks_)) {
       for (int64_t row = begin; row < end; row += kRows) {
@@ -122,7 +141,7 @@ class Panel {
     return loaded;
   }
 
-  Vector* packed(int64_t block) const { return packed_.get() + block * kMostSamples; }
+  Vector* packed(int64_t block) const { return packed_.get() + block * capacity_; }
   Vector centre(int64_t block) const { return load(centre_.get() + block * kLanes); }
 
   // `count` samples, as (x - centre) * unit.
@@ -189,34 +208,39 @@ class Panel {
     if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(tile, lanes);
   }
 
+  // Sums a few hundred products at most before it goes on in float64.
   template <int kCount, int kVectors>
   void add_tile(int64_t row, int64_t block, double* out) const {
+    constexpr int64_t kTogether = 256;
     const Vector* const left = packed(block);
     const Work* const right = (const Work*)packed(row / kLanes) + row % kLanes;
-    Vector sum[kCount][kVectors] = {};
-    for (int64_t s = 0; s < samples_; ++s) {
-      Vector sample[kVectors];
-      for (int v = 0; v < kVectors; ++v) sample[v] = left[v * kMostSamples + s];
-      for (int r = 0; r < kCount; ++r) {
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += sample[v] * right[s * kLanes + r];
+    double total[kCount][kVectors * kLanes] = {};
+    for (int64_t first = 0; first < samples_; first += kTogether) {
+      Vector sum[kCount][kVectors] = {};
+      for (int64_t s = first; s < std::min(first + kTogether, samples_); ++s) {
+        Vector sample[kVectors];
+        for (int v = 0; v < kVectors; ++v) sample[v] = left[v * capacity_ + s];
+        for (int r = 0; r < kCount; ++r) {
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += sample[v] * right[s * kLanes + r];
+        }
       }
-    }
-    for (int64_t r = 0; r < std::min<int64_t>(kCount, channels_ - row); ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t column = (block + v) * kLanes;
-        double* const to = out + (row + r) * channels_ + column;
-        if (column + kLanes <= channels_) {
-          for (int l = 0; l < kLanes; ++l) to[l] += sum[r][v][l];
-        } else {
-          for (int l = 0; l < channels_ - column; ++l) to[l] += sum[r][v][l];
+      for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          for (int l = 0; l < kLanes; ++l) total[r][v * kLanes + l] += sum[r][v][l];
         }
       }
     }
+    const int64_t column = block * kLanes, columns = std::min<int64_t>(kVectors * kLanes, channels_ - column);
+    for (int64_t r = 0; r < std::min<int64_t>(kCount, channels_ - row); ++r) {
+      double* const to = out + (row + r) * channels_ + column;
+      for (int64_t l = 0; l < columns; ++l) to[l] += total[r][l];
+    }
   }
 
-  int64_t channels_, blocks_, samples_ = 0;
+  int64_t channels_, capacity_, blocks_, samples_ = 0;
   std::unique_ptr<Vector[]> packed_;
   std::unique_ptr<Work[]> centre_;
+  std::unique_ptr<Work[]> roots_;  // of the samples' weights
   Work unit_ = 1;
 };
 
