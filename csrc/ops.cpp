@@ -5,13 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include <limits>
-
 #include "kernels.h"
 #ifdef PCAFAST_WITH_CUDA
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/linalg_svdvals.h>
-#include <ATen/ops/where.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -259,21 +254,12 @@ void channel_moments_update_cuda(const Tensor& x, int64_t channel_dim, Tensor& c
       channel_dim, count, mean, centred_squares, absolute, zeros, skipped);
 }
 
-// Of maps too large for the kernel: what pcafast/reference.py does.
-Tensor feature_map_rank_by_svd(const Tensor& x, double rtol, double atol) {
-  const Tensor finite = x.isfinite().flatten(2).all(2);
-  const Tensor values = at::linalg_svdvals(at::where(finite.unsqueeze(2).unsqueeze(3), x, 0).to(at::kDouble));
-  const double rounding = std::max(x.size(2), x.size(3)) * std::numeric_limits<double>::epsilon();
-  const Tensor threshold = (values.narrow(2, 0, 1) * std::max(rtol, rounding)).clamp_min(atol);
-  return at::where(finite, (values > threshold).sum(2), -1);
-}
-
 Tensor feature_map_rank_cuda(const Tensor& x, double rtol, double atol) {
   const c10::cuda::CUDAGuard device(x.device());
   check_maps(x, rtol, atol);
-  if (std::max(x.size(2), x.size(3)) > cuda::kMostRankRows && x.numel() > 0) {
-    return feature_map_rank_by_svd(x, rtol, atol);
-  }
+  TORCH_CHECK_VALUE(std::max(x.size(2), x.size(3)) <= cuda::kMostRankRows || x.numel() == 0,
+                    "x: expected at most ", cuda::kMostRankRows, " rows and columns on CUDA, got shape ", x.sizes(),
+                    "; pcafast.functional.feature_map_rank takes larger maps");
   return feature_map_rank(
       cuda::feature_map_rank_workspace,
       [](const RankArgs& args) { cuda::feature_map_rank(args, c10::cuda::getCurrentCUDAStream()); }, x, rtol, atol);

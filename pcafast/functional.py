@@ -9,11 +9,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from pcafast import reference
 from pcafast.errors import ArgumentError
 from pcafast.native import operators
 
 TaylorReduction = Literal["molchanov2017", "molchanov2019", "signed", "absolute"]
 LossReduction = Literal["mean", "sum"]
+
+LARGEST_MAP_ON_CUDA = 512  # on each side; kMostRankRows in csrc/cuda/kernels_cuda.h
 
 
 class MeanCovariance(NamedTuple):
@@ -124,7 +127,9 @@ def feature_map_rank(x: Tensor, *, rtol: float | None = None, atol: float = 0.0)
     Raises:
         ValueError: x is not four-dimensional or not of a floating dtype; rtol or atol negative or not finite.
     """
-    ranks: Tensor = operators.feature_map_rank(x.detach(), default_rtol(x) if rtol is None else rtol, atol)
+    beyond_kernel = x.is_cuda and max(x.shape[-2:], default=0) > LARGEST_MAP_ON_CUDA
+    operator = reference.feature_map_rank if beyond_kernel else operators.feature_map_rank
+    ranks: Tensor = operator(x.detach(), default_rtol(x) if rtol is None else rtol, atol)
     return ranks
 
 

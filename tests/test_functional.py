@@ -1,12 +1,14 @@
 """The stateless functions against closed forms and the predecessors' formulas."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import pcafast
 from pcafast import ChannelMoments, Covariance, FeatureMapRank, Taylor
-from pcafast.functional import covariance, feature_map_rank, taylor_scores
+from pcafast.functional import LARGEST_MAP_ON_CUDA, covariance, feature_map_rank, taylor_scores
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((5, 4, 3, 3), 1), ((5, 3, 4), -1), ((7, 4), 1), ((3, 4, 2, 2, 2), 1)])
@@ -108,6 +110,16 @@ def test_ranks_of_known_maps(device):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rank_of_maps_beyond_the_cuda_kernel(device):
+    header = Path(__file__).parents[1] / "csrc" / "cuda" / "kernels_cuda.h"
+    assert f"kMostRankRows = {LARGEST_MAP_ON_CUDA};" in header.read_text()
+    factors = torch.randn(2, 2, 3, LARGEST_MAP_ON_CUDA + 5, device=device)
+    maps = factors.mT[..., :3] @ factors[..., :20]
+    assert (feature_map_rank(maps) == 3).all()
+    maps[0, 1, -1, -1] = torch.nan
+    assert feature_map_rank(maps).tolist() == [[3, -1], [3, 3]]
 
 
 def test_arguments_that_require_a_gradient_are_fine():

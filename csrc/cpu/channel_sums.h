@@ -1,9 +1,11 @@
 // Sums over the positions of every (example, channel), in one read of the input, for each of the layouts that
 // activations come in. What is summed is up to an Op:
 //
-//   Op::Sum<Value>      the sums of one channel, or of neighbouring ones in the lanes of a vector; Value is double or
-//   Lanes Sum(shift)          begins at zero; shift[c] belongs to the channel Sum.add(x, y)       one position of both
-//   operands Sum.values()        Op::kSums of them, as Values
+// - Op::Sum<Value>: the sums of one channel, Value being double, or of neighbouring channels or positions, Value being
+//   Lanes.
+// - Sum(shift): all sums zero; the shift belongs to the channel.
+// - Sum.add(x, y): takes in one position of both operands.
+// - Sum.values(): the Op::kSums sums.
 #pragma once
 
 #include <ATen/Parallel.h>
