@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../kernels.h"
-#include "covariance_panel.h"
+#include "any_panel.h"
 #include "load.h"
 
 namespace pcafast::cpu {
@@ -26,65 +26,6 @@ constexpr int64_t kTaskRows = 64;  // rows of products that a thread takes at a 
 // Below this many doubles every slice of the batch gets a co-moment of its own.
 constexpr int64_t kPrivateDoubles = 1 << 18;
 constexpr int64_t kSliceWork = 1 << 18;  // products that are worth a thread
-
-// A panel for the instruction set at hand.
-class AnyPanel {
- public:
-  virtual ~AnyPanel() = default;
-  virtual void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* shift,
-                    double unit) = 0;
-  virtual void add_sums(double* sums) const = 0;
-  virtual void multiply(int64_t begin, int64_t end, double* out) const = 0;
-};
-
-// All that a panel does is inlined into these functions, which have the instruction set.
-#define PCAFAST_PANEL(Name, ...)                                                                                    \
-  template <class Vector>                                                                                           \
-  class Name final : public AnyPanel {                                                                              \
-   public:                                                                                                          \
-    explicit Name(int64_t channels) : panel_(channels) {}                                                           \
-    __VA_ARGS__ void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* shift, \
-                          double unit) override {                                                                   \
-      with_element_type(s.x.dtype, [&](auto element) {                                                              \
-        using T = decltype(element);                                                                                \
-        if constexpr (std::is_same_v<T, double> == std::is_same_v<typename Panel<Vector>::Work, double>) {          \
-          panel_.template pack<T>(s, begin, end, first_channel, shift, unit);                                       \
-        }                                                                                                           \
-      });                                                                                                           \
-    }                                                                                                               \
-    __VA_ARGS__ void add_sums(double* sums) const override { panel_.add_sums(sums); }                               \
-    __VA_ARGS__ void multiply(int64_t begin, int64_t end, double* out) const override {                             \
-      panel_.multiply(begin, end, out);                                                                             \
-    }                                                                                                               \
-                                                                                                                    \
-   private:                                                                                                         \
-    Panel<Vector> panel_;                                                                                           \
-  };
-
-template <template <class> class Name, class Floats, class Doubles>
-std::unique_ptr<AnyPanel> make_panel(Dtype dtype, int64_t channels) {
-  if (dtype == Dtype::kFloat64) return std::make_unique<Name<Doubles>>(channels);
-  return std::make_unique<Name<Floats>>(channels);
-}
-
-typedef float Floats16 __attribute__((vector_size(16)));
-typedef double Doubles16 __attribute__((vector_size(16)));
-PCAFAST_PANEL(Panel128)
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-typedef float Floats32 __attribute__((vector_size(32)));
-typedef double Doubles32 __attribute__((vector_size(32)));
-typedef float Floats64 __attribute__((vector_size(64)));
-typedef double Doubles64 __attribute__((vector_size(64)));
-PCAFAST_PANEL(Panel256, __attribute__((target("arch=x86-64-v3"), flatten)))
-PCAFAST_PANEL(Panel512, __attribute__((target("arch=x86-64-v4"), flatten)))
-
-const auto panel_for = __builtin_cpu_supports("x86-64-v4")   ? make_panel<Panel512, Floats64, Doubles64>
-                       : __builtin_cpu_supports("x86-64-v3") ? make_panel<Panel256, Floats32, Doubles32>
-                                                             : make_panel<Panel128, Floats16, Doubles16>;
-#else
-const auto panel_for = make_panel<Panel128, Floats16, Doubles16>;
-#endif
 
 // Of the samples of one group of channels, about a shift: their sums (channels,), times their weights, and the sums of
 // their products (channels, channels), of which the upper triangle counts.

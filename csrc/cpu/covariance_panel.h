@@ -14,12 +14,7 @@
 
 #include "../kernels.h"
 #include "load.h"
-
-#if defined(__has_builtin)
-#define PCAFAST_HAS_SHUFFLEVECTOR __has_builtin(__builtin_shufflevector)
-#else
-#define PCAFAST_HAS_SHUFFLEVECTOR 0
-#endif
+#include "multiarch.h"
 
 namespace pcafast::cpu {
 

@@ -12,6 +12,7 @@
 #include "../kernels.h"
 #include "bidiagonal.h"
 #include "load.h"
+#include "multiarch.h"
 #include "sturm.h"
 #include "tridiagonal.h"
 
@@ -88,15 +89,15 @@ inline void rank_range_in(const RankArgs& args, int64_t begin, int64_t end) {
 // each instruction set has a function of its own, into which all of the above is inlined.
 typedef double TwoLanes __attribute__((vector_size(16)));
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if PCAFAST_INSTRUCTION_SETS
 typedef double FourLanes __attribute__((vector_size(32)));
 typedef double EightLanes __attribute__((vector_size(64)));
 
-__attribute__((target("arch=x86-64-v4"), flatten)) void rank_avx512(const RankArgs& args, int64_t begin, int64_t end) {
+PCAFAST_V4 void rank_avx512(const RankArgs& args, int64_t begin, int64_t end) {
   rank_range_in<EightLanes>(args, begin, end);
 }
 
-__attribute__((target("arch=x86-64-v3"), flatten)) void rank_avx2(const RankArgs& args, int64_t begin, int64_t end) {
+PCAFAST_V3 void rank_avx2(const RankArgs& args, int64_t begin, int64_t end) {
   rank_range_in<FourLanes>(args, begin, end);
 }
 

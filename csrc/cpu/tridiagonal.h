@@ -1,16 +1,15 @@
 // The symmetric matrix A'A of one map, and its reduction to tridiagonal form by Householder reflections.
 //
 // For maps too large for the cache when there is one in every lane of a vector: here the lanes are rows of one matrix.
-// The matrix is stored by columns, in square blocks of kLanes columns, of which those on and below the diagonal
-// count, those on it whole. The reduction puts off the updates of kPanel reflections and applies them in one sweep
-// (Dongarra, Hammarling and Sorensen, 1989; LAPACK's dsytrd).
+// The reduction puts off the updates of kPanel reflections and applies them in one sweep (Dongarra, Hammarling and
+// Sorensen, 1989; LAPACK's dsytrd).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <utility>
 
+#include "block_matrix.h"
 #include "load.h"
 #include "sturm.h"
 
@@ -24,9 +23,10 @@ class Gram {
   Gram(int64_t height, int64_t width)
       : rows_(std::max(height, width)),
         size_(std::min(height, width)),
-        blocks_(2 * ((size_ + 2 * kLanes - 1) / (2 * kLanes))),
-        memory_(new Lanes[kLanes * blocks_ * blocks_ + blocks_ * (2 * kPanel + std::max(rows_, kPanelStride))]) {
-    vectors_ = memory_.get() + kLanes * blocks_ * blocks_;
+        matrix_(size_),
+        blocks_(matrix_.blocks()),
+        memory_(new Lanes[blocks_ * (2 * kPanel + std::max(rows_, kPanelStride))]) {
+    vectors_ = memory_.get();
     factor_ = vectors_ + 2 * kPanel * blocks_;
   }
 
@@ -52,10 +52,10 @@ class Gram {
       scale = std::scalbn(1.0, -std::clamp(std::ilogb(top), -1022, 1022));  // subnormal numbers have no reciprocal
       for (Lanes* x = factor_; x < factor_ + rows_ * blocks_; ++x) *x *= scale;
     }
-    std::fill(memory_.get(), vectors_, Lanes{});
+    matrix_.set_to_zero();
     for (int64_t first = 0; first < rows_; first += kCachedRows) {
       const Lanes* const rows = factor_ + first;
-      add_products(rows, rows, rows_, std::min(kCachedRows, rows_ - first), 0);
+      matrix_.add_products(rows, rows, rows_, std::min(kCachedRows, rows_ - first), 0);
     }
     return scale;
   }
@@ -70,7 +70,7 @@ class Gram {
         diagonal[(first + l) * step] = reflect(first + l, l);
       }
       if (first + count < size_) {
-        add_products(factor_, factor_ + 2 * kPanel, kPanelStride, 2 * kPanel, (first + count) / kLanes);
+        matrix_.add_products(factor_, factor_ + 2 * kPanel, kPanelStride, 2 * kPanel, (first + count) / kLanes);
       }
     }
   }
@@ -80,8 +80,6 @@ class Gram {
   static constexpr int64_t kPanelStride = 4 * kPanel + 1;  // odd, or blocks would meet in the same cache sets
   static constexpr int64_t kCachedRows = 256;
 
-  // The kLanes columns of the block in row i and column j of blocks.
-  Lanes* block(int64_t i, int64_t j) const { return memory_.get() + (j * blocks_ + i) * kLanes; }
   // The map, transposed if that makes rows >= columns, and rows filled up with zeros.
   template <class T>
   void load(const T* map, const MapView& view) {
@@ -106,33 +104,11 @@ class Gram {
   Lanes* v(int64_t l) const { return vectors_ + l * blocks_; }
   Lanes* w(int64_t l) const { return vectors_ + (kPanel + l) * blocks_; }
 
-  // Adds the sum over k < count of a_k b_k' to the blocks on and below the diagonal, from `first` on. The vectors lie
-  // block by block, `stride` Lanes from one block to the next, the same block of all vectors side by side.
-  void add_products(const Lanes* a, const Lanes* b, int64_t stride, int64_t count, int64_t first) {
-    for (int64_t j = first; j < blocks_; ++j)
-      for (int64_t i = j / 2 * 2; i < blocks_; i += 2) {
-        const Lanes *upper = a + i * stride, *lower = upper + stride;
-        const double* const right = (const double*)(b + j * stride);
-        Lanes sum[kLanes][2] = {};
-        for (int64_t k = 0; k < count; ++k) {
-          const Lanes upper_k = upper[k], lower_k = lower[k];
-          for (int c = 0; c < kLanes; ++c) {
-            sum[c][0] += upper_k * right[k * kLanes + c];
-            sum[c][1] += lower_k * right[k * kLanes + c];
-          }
-        }
-        for (int c = 0; c < kLanes; ++c) {
-          block(i, j)[c] += sum[c][0];
-          block(i + 1, j)[c] += sum[c][1];
-        }
-      }
-  }
-
   // Eliminates column k, the l-th of its panel, and returns its diagonal element.
   double reflect(int64_t k, int64_t l) {
     const int64_t own_block = k / kLanes, lane = k % kLanes;
     Lanes *const u = v(l), *const p = w(l);
-    for (int64_t i = own_block; i < blocks_; ++i) u[i] = block(i, own_block)[lane];
+    for (int64_t i = own_block; i < blocks_; ++i) u[i] = matrix_.block(i, own_block)[lane];
     double of_v[kPanel], of_w[kPanel];
     for (int64_t j = 0; j < l; ++j) {
       of_v[j] = w(j)[own_block][lane];
@@ -147,7 +123,7 @@ class Gram {
     for (int64_t c = 0; c < next_lane; ++c) u[next_block][c] = 0;
     const double first = u[next_block][next_lane];
     u[next_block][next_lane] = 0;
-    const double rest = dot(u, u, next_block);
+    const double rest = matrix_.dot(u, u, next_block);
     double inverse = 0;
     last_image_ = first;
     if (rest > kNegligible) {
@@ -157,14 +133,14 @@ class Gram {
     }
     u[next_block][next_lane] = first - last_image_;
 
-    multiply_by(u, p, next_block);
+    matrix_.multiply_by(u, p, next_block);
     for (int64_t j = 0; j < l; ++j) {
-      of_v[j] = dot(w(j), u, next_block);
-      of_w[j] = dot(v(j), u, next_block);
+      of_v[j] = matrix_.dot(w(j), u, next_block);
+      of_w[j] = matrix_.dot(v(j), u, next_block);
     }
     subtract_panel(l, of_v, of_w, next_block, p);
     for (int64_t c = 0; c < next_lane; ++c) p[next_block][c] = 0;
-    const double half = dot(p, u, next_block) * inverse / 2;
+    const double half = matrix_.dot(p, u, next_block) * inverse / 2;
     for (int64_t i = next_block; i < blocks_; ++i) {
       p[i] = (p[i] - u[i] * half) * inverse;
       Lanes* const packed = factor_ + i * kPanelStride + l;
@@ -188,100 +164,9 @@ class Gram {
     }
   }
 
-  // p = matrix u, over the blocks from `first` on; two columns of blocks at a time.
-  void multiply_by(const Lanes* u, Lanes* p, int64_t first) {
-    first = first / 2 * 2;
-    std::fill(p + first, p + blocks_, Lanes{});
-    for (int64_t j = first; j < blocks_; j += 2) {
-      const double* const uj = (const double*)(u + j);
-      const Lanes *a = block(j, j), *b = block(j, j + 1);
-      Lanes across[2][kLanes] = {};
-      for (int c = 0; c < kLanes; ++c) across[0][c] = a[kLanes + c] * u[j + 1];
-      multiply_block(a, uj, p[j]);
-      multiply_block(a + kLanes, uj, p[j + 1]);
-      multiply_block(b + kLanes, uj + kLanes, p[j + 1]);
-      for (int64_t i = j + 2; i < blocks_; ++i) {
-        a = block(i, j);
-        b = block(i, j + 1);
-        const Lanes ui = u[i];
-        Lanes even = p[i], odd{};
-        for (int c = 0; c < kLanes; ++c) {
-          Lanes ac = a[c], bc = b[c];
-          load_once(ac);
-          load_once(bc);
-          even += ac * uj[c];
-          odd += bc * uj[kLanes + c];
-          across[0][c] += ac * ui;
-          across[1][c] += bc * ui;
-        }
-        p[i] = even + odd;
-      }
-      p[j] += sum_each(across[0]);
-      p[j + 1] += sum_each(across[1]);
-    }
-  }
-
-  // Keeps the compiler from reading memory once for each use, which is slower: two loads go with two additions.
-  static void load_once([[maybe_unused]] Lanes& x) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    asm("" : "+v"(x));
-#endif
-  }
-
-  static void multiply_block(const Lanes* a, const double* v, Lanes& p) {
-    Lanes even{}, odd{};
-    for (int c = 0; c < kLanes; c += 2) {
-      even += a[c] * v[c];
-      odd += a[c + 1] * v[c + 1];
-    }
-    p += even + odd;
-  }
-
-  double dot(const Lanes* x, const Lanes* y, int64_t first) const {
-    Lanes even{}, odd{};
-    int64_t i = first;
-    for (; i + 2 <= blocks_; i += 2) {
-      even += x[i] * y[i];
-      odd += x[i + 1] * y[i + 1];
-    }
-    if (i < blocks_) even += x[i] * y[i];
-    return sum_of(even + odd);
-  }
-
-  static double sum_of(const Lanes& x) {
-    double sum = 0;
-    for (int l = 0; l < kLanes; ++l) sum += x[l];
-    return sum;
-  }
-
-  // Element c is the sum of x[c].
-  static Lanes sum_each(const Lanes (&x)[kLanes]) {
-#if __has_builtin(__builtin_shufflevector)
-    return sum_from<0, kLanes>(x, std::make_index_sequence<kLanes>());
-#else
-    Lanes sums;
-    for (int c = 0; c < kLanes; ++c) sums[c] = sum_of(x[c]);
-    return sums;
-#endif
-  }
-
-#if __has_builtin(__builtin_shufflevector)
-  // Of x[kFirst] to x[kFirst + kCount - 1], the partial sums side by side, each kLanes / kCount times.
-  template <int kFirst, int kCount, size_t... kLane>
-  static Lanes sum_from(const Lanes (&x)[kLanes], std::index_sequence<kLane...> lanes) {
-    if constexpr (kCount == 1) {
-      return x[kFirst];
-    } else {
-      constexpr int kHalf = kCount / 2;
-      const Lanes a = sum_from<kFirst, kHalf>(x, lanes), b = sum_from<kFirst + kHalf, kHalf>(x, lanes);
-      return __builtin_shufflevector(a, b, (kLane & kHalf ? kLanes + kLane : kLane)...) +
-             __builtin_shufflevector(a, b, (kLane & kHalf ? kLanes + (kLane ^ kHalf) : kLane ^ kHalf)...);
-    }
-  }
-#endif
-
   int64_t rows_, size_;  // of the map
-  int64_t blocks_;       // on each side of the matrix
+  BlockMatrix<Lanes> matrix_;
+  int64_t blocks_;  // on each side of the matrix
   std::unique_ptr<Lanes[]> memory_;
   Lanes* vectors_;  // of the panel, v and w
   Lanes* factor_;   // the map, then the panel packed for add_products: v, w, -w, -v
