@@ -257,8 +257,8 @@ void channel_moments_update_cuda(const Tensor& x, int64_t channel_dim, Tensor& c
 Tensor feature_map_rank_cuda(const Tensor& x, double rtol, double atol) {
   const c10::cuda::CUDAGuard device(x.device());
   check_maps(x, rtol, atol);
-  TORCH_CHECK_VALUE(std::max(x.size(2), x.size(3)) <= cuda::kMostRankRows || x.numel() == 0,
-                    "x: expected at most ", cuda::kMostRankRows, " rows and columns on CUDA, got shape ", x.sizes(),
+  TORCH_CHECK_VALUE(std::max(x.size(2), x.size(3)) <= cuda::kMostRankRows || x.numel() == 0, "x: expected at most ",
+                    cuda::kMostRankRows, " rows and columns on CUDA, got shape ", x.sizes(),
                     "; pcafast.functional.feature_map_rank takes larger maps");
   return feature_map_rank(
       cuda::feature_map_rank_workspace,
