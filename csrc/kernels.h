@@ -66,6 +66,44 @@ struct CovarianceArgs {
   double* mean;          // (channels,)
   double* comoment;      // (groups, channels / groups, channels / groups)  sum of (x - mean)(x - mean)'
   int64_t* skipped;
+  double* workspace;  // on CUDA, covariance_workspace(args) doubles, uninitialised
+};
+
+// A lattice of pixels, and of each its partner, `down` rows below and `right` columns to the right of it.
+struct PixelPairs {
+  int64_t top, left, rows, columns;
+  int64_t down, right;
+};
+
+// One batch merged into running co-moments of pixel pairs, from which the covariance of patches is put together
+// (pcafast/patches.py). A slot is the union of some lattices:
+//   count[s]    += examples * pixels
+//   left[s]      = mean of the first pixels,  right[s] = mean of their partners
+//   comoment[s]  = sum of (first - left[s])(partner - right[s])'
+// in each of which a pixel (y, x) stands for the channels of all taps: entry c * taps + t is channel c at (y, x) + t.
+struct PatchCovarianceArgs {
+  MapView x;
+  // The map that pixels are counted in: its row y is row source_rows[y] of x, or zeros if that is -1; columns likewise.
+  // All lattices, their partners and their taps lie in it.
+  int64_t height, width;
+  const int64_t *source_rows, *source_columns;
+  int64_t taps;
+  const int64_t* tap_offsets;     // (taps, 2), rows and columns
+  int64_t row_step, column_step;  // between the pixels of a lattice
+  int64_t lattices;
+  const PixelPairs* pairs;  // (lattices,)
+  int64_t slots;
+  const int64_t* slot_ends;  // slot s has slot_lattices[slot_ends[s - 1]] up to slot_lattices[slot_ends[s]]
+  const int64_t* slot_lattices;
+  int64_t groups;  // divides x.channels
+  int64_t patches_per_example;
+  double* patches;   // += examples * patches_per_example
+  double* count;     // (slots,)
+  double* left;      // (slots, channels * taps)
+  double* right;     // (slots, channels * taps)
+  double* comoment;  // (slots, groups, channels * taps / groups, channels * taps / groups)
+  int64_t* skipped;
+  double* workspace;  // on CUDA, patch_covariance_workspace(args) doubles, uninitialised
 };
 
 // Number of singular values of every map above max(atol, rtol * largest).
@@ -82,6 +120,7 @@ void taylor_update(const TaylorArgs& args);
 int64_t channel_moments_workspace(const MomentsArgs& args);
 void channel_moments_update(const MomentsArgs& args);
 void covariance_update(const CovarianceArgs& args);
+void patch_covariance_update(const PatchCovarianceArgs& args);
 void feature_map_rank(const RankArgs& args);
 }  // namespace cpu
 

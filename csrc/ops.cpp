@@ -5,6 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "kernels.h"
 #ifdef PCAFAST_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -22,6 +25,11 @@ TORCH_LIBRARY(pcafast, m) {
   m.def(
       "covariance_update_(Tensor x, int channel_dim, int groups, float scale, Tensor? weight, Tensor(a!) count, "
       "Tensor(b!) mean, Tensor(c!) comoment, Tensor(d!) skipped) -> ()");
+  m.def(
+      "patch_covariance_update_(Tensor x, Tensor source_rows, Tensor source_columns, Tensor taps, Tensor steps, "
+      "Tensor rectangles, Tensor slot_ends, Tensor slot_rectangles, int patches_per_example, int groups, "
+      "Tensor(a!) patches, Tensor(b!) count, Tensor(c!) left, Tensor(d!) right, Tensor(e!) comoment, "
+      "Tensor(f!) skipped) -> ()");
   m.def(
       "taylor_update_(Tensor activation, Tensor gradient, int channel_dim, float scale, Tensor(a!) examples, "
       "Tensor(b!) positions, Tensor(c!) sums, Tensor(d!) skipped) -> ()");
@@ -125,7 +133,113 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, do
   if (x.numel() == 0) return;
   cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups, scale,
                           count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
-                          comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>()});
+                          comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>(), nullptr});
+}
+
+const int64_t* table(const char* name, const Tensor& numbers, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(numbers.scalar_type() == at::kLong && numbers.sizes() == shape && numbers.is_contiguous() &&
+                        numbers.device().is_cpu(),
+                    name, ": expected contiguous Long of shape ", shape, " on cpu, got ", numbers.scalar_type(),
+                    " of shape ", numbers.sizes(), " on ", numbers.device());
+  return numbers.const_data_ptr<int64_t>();
+}
+
+void check_range(const char* name, const int64_t* numbers, int64_t count, int64_t least, int64_t end) {
+  for (int64_t k = 0; k < count; ++k) {
+    TORCH_CHECK_VALUE(least <= numbers[k] && numbers[k] < end, name, ": expected numbers from ", least, " to below ",
+                      end, ", got ", numbers[k]);
+  }
+}
+
+void check_lattices(const PatchCovarianceArgs& args) {
+  int64_t tap_rows = 0, tap_columns = 0;
+  for (int64_t tap = 0; tap < args.taps; ++tap) {
+    tap_rows = std::max(tap_rows, args.tap_offsets[2 * tap]);
+    tap_columns = std::max(tap_columns, args.tap_offsets[2 * tap + 1]);
+    TORCH_CHECK_VALUE(std::min(args.tap_offsets[2 * tap], args.tap_offsets[2 * tap + 1]) >= 0,
+                      "taps: expected no negative number");
+  }
+  for (int64_t k = 0; k < args.lattices; ++k) {
+    const auto& [top, left, rows, columns, down, right] = args.pairs[k];
+    const int64_t bottom = top + (rows - 1) * args.row_step, last = left + (columns - 1) * args.column_step;
+    TORCH_CHECK_VALUE(rows > 0 && columns > 0 && down >= 0 && std::min(top, left) >= 0 && left + right >= 0 &&
+                          bottom + down + tap_rows < args.height &&
+                          last + std::max<int64_t>(right, 0) + tap_columns < args.width,
+                      "rectangles: expected pixels inside of a map of ", args.height, " x ", args.width,
+                      " and partners not above them, got rectangle ", k, " (", top, ", ", left, ", ", rows, ", ",
+                      columns, ", ", down, ", ", right, ")");
+    TORCH_CHECK_VALUE(args.taps == 1 || (args.lattices == 1 && down == 0 && right == 0),
+                      "taps: expected one, or one rectangle of pixels that are their own partners, got ", args.taps);
+  }
+}
+
+template <class WorkspaceSize, class Kernel>
+void patch_covariance_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, const Tensor& source_rows,
+                             const Tensor& source_columns, const Tensor& taps, const Tensor& steps,
+                             const Tensor& rectangles, const Tensor& slot_ends, const Tensor& slot_rectangles,
+                             int64_t patches_per_example, int64_t groups, Tensor& patches, Tensor& count, Tensor& left,
+                             Tensor& right, Tensor& comoment, Tensor& skipped) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected maps of shape (N, C, H, W), got shape ", x.sizes());
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "groups: expected a divisor of the ", x.size(1),
+                    " channels of x, got ", groups);
+  PatchCovarianceArgs args{};
+  args.x = {x.const_data_ptr(), element_type("x", x), x.size(0),   x.size(1),   x.size(2),
+            x.size(3),          x.stride(0),          x.stride(1), x.stride(2), x.stride(3)};
+  args.height = source_rows.numel();
+  args.width = source_columns.numel();
+  args.source_rows = table("source_rows", source_rows, {args.height});
+  args.source_columns = table("source_columns", source_columns, {args.width});
+  check_range("source_rows", args.source_rows, args.height, -1, x.size(2));
+  check_range("source_columns", args.source_columns, args.width, -1, x.size(3));
+  args.taps = taps.dim() == 2 ? taps.size(0) : 0;
+  args.tap_offsets = table("taps", taps, {args.taps, 2});
+  TORCH_CHECK_VALUE(args.taps >= 1, "taps: expected at least one");
+  const int64_t* const step = table("steps", steps, {2});
+  check_range("steps", step, 2, 1, std::numeric_limits<int64_t>::max());
+  args.row_step = step[0];
+  args.column_step = step[1];
+  args.lattices = rectangles.dim() == 2 ? rectangles.size(0) : 0;
+  static_assert(sizeof(PixelPairs) == 6 * sizeof(int64_t));
+  args.pairs = reinterpret_cast<const PixelPairs*>(table("rectangles", rectangles, {args.lattices, 6}));
+  check_lattices(args);
+  args.slots = slot_ends.numel();
+  args.slot_ends = table("slot_ends", slot_ends, {args.slots});
+  args.slot_lattices = table("slot_rectangles", slot_rectangles, {slot_rectangles.numel()});
+  int64_t end = 0;
+  for (int64_t slot = 0; slot < args.slots; ++slot) {
+    check_range("slot_ends", args.slot_ends + slot, 1, end, slot_rectangles.numel() + 1);
+    end = args.slot_ends[slot];
+  }
+  check_range("slot_rectangles", args.slot_lattices, slot_rectangles.numel(), 0, args.lattices);
+  const int64_t entries = x.size(1) * args.taps, side = entries / groups;
+  check_state("patches", patches, {}, x);
+  check_state("count", count, {args.slots}, x);
+  check_state("left", left, {args.slots, entries}, x);
+  check_state("right", right, {args.slots, entries}, x);
+  check_state("comoment", comoment, {args.slots, groups, side, side}, x);
+  check_state("skipped", skipped, {}, x, at::kLong);
+  if (x.numel() == 0) return;
+  args.groups = groups;
+  args.patches_per_example = patches_per_example;
+  args.patches = patches.mutable_data_ptr<double>();
+  args.count = count.mutable_data_ptr<double>();
+  args.left = left.mutable_data_ptr<double>();
+  args.right = right.mutable_data_ptr<double>();
+  args.comoment = comoment.mutable_data_ptr<double>();
+  args.skipped = skipped.mutable_data_ptr<int64_t>();
+  const Tensor workspace = at::empty({workspace_size(args)}, x.options().dtype(at::kDouble));
+  args.workspace = workspace.mutable_data_ptr<double>();
+  kernel(args);
+}
+
+void patch_covariance_update_cpu(const Tensor& x, const Tensor& source_rows, const Tensor& source_columns,
+                                 const Tensor& taps, const Tensor& steps, const Tensor& rectangles,
+                                 const Tensor& slot_ends, const Tensor& slot_rectangles, int64_t patches_per_example,
+                                 int64_t groups, Tensor& patches, Tensor& count, Tensor& left, Tensor& right,
+                                 Tensor& comoment, Tensor& skipped) {
+  patch_covariance_update([](const PatchCovarianceArgs&) { return 0; }, cpu::patch_covariance_update, x, source_rows,
+                          source_columns, taps, steps, rectangles, slot_ends, slot_rectangles, patches_per_example,
+                          groups, patches, count, left, right, comoment, skipped);
 }
 
 template <class WorkspaceSize, class Kernel>
@@ -230,6 +344,7 @@ Tensor feature_map_rank_cpu(const Tensor& x, double rtol, double atol) {
 
 TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
   m.impl("covariance_update_", covariance_update_);
+  m.impl("patch_covariance_update_", patch_covariance_update_cpu);
   m.impl("taylor_update_", taylor_update_cpu);
   m.impl("channel_moments_update_", channel_moments_update_cpu);
   m.impl("feature_map_rank", feature_map_rank_cpu);

@@ -4,6 +4,7 @@ Tensors are float16, bfloat16, float32 or float64 on any device; sums are float6
 ``channel_dim`` the channel, and all others are positions (pixels or tokens).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pcafast import reference
 from pcafast.errors import ArgumentError
 from pcafast.native import operators
+from pcafast.patches import Layout, Padding, PaddingMode, Patches, assemble
 
 TaylorReduction = Literal["molchanov2017", "molchanov2019", "signed", "absolute"]
 LossReduction = Literal["mean", "sum"]
@@ -53,6 +55,70 @@ def finish_covariance(count: Tensor, mean: Tensor, comoment: Tensor, correction:
         raise ArgumentError(f"correction: expected less than the {count.item():g} samples seen, got {correction}")
     blocks = comoment / (count - correction)
     return MeanCovariance(mean.clone(), blocks[0] if len(blocks) == 1 else blocks)
+
+
+def patch_covariance(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+    correction: int = 0,
+) -> MeanCovariance:
+    """Mean and covariance of the patches that a convolution multiplies its weight with, without forming a patch.
+
+    Exactly those of the columns of ``torch.nn.functional.unfold``, the zeros of the padding included. Pairs of taps
+    share all but the border of their sums, so a 3 x 3 kernel of stride 1 takes a third of the products.
+
+    Args:
+        x: input of the convolution, (N, C, H, W).
+        kernel_size: rows and columns of the kernel, or one number for both; so are stride and dilation.
+        stride: of the convolution.
+        padding: one number, one for rows and one for columns, ((top, bottom), (left, right)), "same" or "valid".
+        dilation: of the convolution.
+        groups: of the convolution; each has a covariance of its own.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        correction: what is taken from the number of patches in the divisor; 1 gives the unbiased estimate.
+
+    Returns:
+        mean (D,) and covariance (D, D), float64, D = C * kh * kw in unfold's order: channel, then row, then column. With
+        G > 1 groups the covariance is (G, D/G, D/G).
+
+    Raises:
+        ValueError: x has no patch, holds NaN or infinities, or is not of a floating dtype; a setting that no
+            convolution of x has.
+    """
+    if x.ndim != 4:
+        raise ArgumentError(f"x: expected maps of shape (N, C, H, W), got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ArgumentError(f"groups: expected a divisor of the {channels} channels of x, got {groups}")
+    cut = Patches.of(kernel_size, stride, padding, dilation, padding_mode)
+    layout = cut.layout(x.shape[2], x.shape[3], channels // groups)
+    slots, entries = len(layout.slot_ends), channels * len(layout.taps)
+    side = entries // groups
+    patches, count, left, right, comoment, skipped = _zeros(
+        x, (), (slots,), (slots, entries), (slots, entries), (slots, groups, side, side), None
+    )
+    state = {"patches": patches, "count": count, "left": left, "right": right, "comoment": comoment}
+    add_patches(x.detach(), layout, groups, {**state, "skipped": skipped})
+    _require_data("x", x, skipped)
+    return finish_patch_covariance({**state, "members": layout.members.to(x.device)}, correction)
+
+
+def add_patches(x: Tensor, layout: Layout, groups: int, state: Mapping[str, Tensor]) -> None:
+    """Merge the maps (N, C, H, W) into the running co-moments of their pairs of pixels."""
+    names = ("patches", "count", "left", "right", "comoment", "skipped")
+    operators.patch_covariance_update_(x, *layout[:8], groups, *(state[name] for name in names))
+
+
+def finish_patch_covariance(state: Mapping[str, Tensor], correction: int) -> MeanCovariance:
+    """The covariance that belongs to running co-moments of pairs of pixels."""
+    mean, comoment = assemble(state)
+    return finish_covariance(state["patches"], mean, comoment, correction)
 
 
 def taylor_scores(

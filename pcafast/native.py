@@ -16,7 +16,13 @@ from torch import Tensor
 from pcafast import reference
 from pcafast.errors import PcafastWarning
 
-OPERATORS = ("covariance_update_", "taylor_update_", "channel_moments_update_", "feature_map_rank")
+OPERATORS = (
+    "covariance_update_",
+    "patch_covariance_update_",
+    "taylor_update_",
+    "channel_moments_update_",
+    "feature_map_rank",
+)
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir PATH_OR_NAME_OF_PCAFAST"
 
 

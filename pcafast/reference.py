@@ -88,6 +88,88 @@ def covariance_update_(
     )
 
 
+def patch_covariance_update_(
+    x: Tensor,
+    source_rows: Tensor,
+    source_columns: Tensor,
+    taps: Tensor,
+    steps: Tensor,
+    rectangles: Tensor,
+    slot_ends: Tensor,
+    slot_rectangles: Tensor,
+    patches_per_example: int,
+    groups: int,
+    patches: Tensor,
+    count: Tensor,
+    left: Tensor,
+    right: Tensor,
+    comoment: Tensor,
+    skipped: Tensor,
+) -> None:
+    """Merge one batch of maps (N, C, H, W) into the co-moments of pairs of pixels, slot by slot.
+
+    The layout's arguments are those of ``pcafast.patches.Layout``. With D = C * T for T taps, S slots and G groups,
+    the state is patches (), count (S,), left and right (S, D), comoment (S, G, D/G, D/G).
+    """
+    _expect(x.ndim == 4, f"x: expected maps of shape (N, C, H, W), got shape {list(x.shape)}")
+    _expect(x.is_floating_point(), f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    _expect(
+        groups >= 1 and x.shape[1] % groups == 0,
+        f"groups: expected a divisor of the {x.shape[1]} channels of x, got {groups}",
+    )
+    if x.numel() == 0:
+        return
+    rows, columns = source_rows.to(x.device), source_columns.to(x.device)
+    # Index -1 takes the zeros that are appended.
+    maps = torch.nn.functional.pad(x.double(), (0, 1, 0, 1))[:, :, rows][:, :, :, columns]
+
+    def pixels(top: int, left: int, height: int, width: int) -> Tensor:
+        """Samples (N * height * width, C * T)."""
+        shifted = [
+            maps[:, :, top + i : top + i + steps[0] * height : steps[0], left + j : left + j + steps[1] * width : steps[1]]
+            [:, :, :height, :width]
+            for i, j in taps.tolist()
+        ]
+        return torch.stack(shifted, 2).movedim((1, 2), (3, 4)).flatten(3).flatten(0, 2)
+
+    ends = slot_ends.tolist()
+    batches = []
+    for slot, end in enumerate(ends):
+        chosen = rectangles[slot_rectangles[ends[slot - 1] if slot else 0 : end]].tolist()
+        first = [pixels(y, x0, h, w) for y, x0, h, w, _, _ in chosen]
+        second = [pixels(y + down, x0 + across, h, w) for y, x0, h, w, down, across in chosen]
+        nothing = maps.new_zeros(0, left.shape[1])
+        batches.append((torch.cat([nothing, *first]), torch.cat([nothing, *second])))
+    new_count = torch.stack([count.new_tensor(len(a)) for a, _ in batches])
+    total = (count + new_count).clamp(min=1)
+    means = [torch.stack([of[side].sum(0) / max(len(of[side]), 1) for of in batches]) for side in (0, 1)]
+    delta = [mean - old for mean, old in zip(means, (left, right), strict=True)]
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.unflatten(-1, (groups, -1)).movedim(-2, 0)
+
+    products = torch.stack(
+        [
+            by_group(a - mean_a).mT @ by_group(b - mean_b)
+            for (a, b), mean_a, mean_b in zip(batches, *means, strict=True)
+        ]
+    )
+    weight = (count * new_count / total).view(-1, 1, 1, 1)
+    spread = delta[0].unflatten(1, (groups, -1)).unsqueeze(-1) * delta[1].unflatten(1, (groups, -1)).unsqueeze(-2)
+    share = (new_count / total)[:, None]
+    _commit(
+        x.isfinite().all() & products.isfinite().all(),
+        skipped,
+        [
+            (comoment, comoment + products + weight * spread),
+            (left, left + delta[0] * share),
+            (right, right + delta[1] * share),
+            (count, count + new_count),
+            (patches, patches + len(x) * patches_per_example),
+        ],
+    )
+
+
 def taylor_update_(
     activation: Tensor,
     gradient: Tensor,

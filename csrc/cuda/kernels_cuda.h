@@ -13,6 +13,12 @@ int64_t taylor_workspace(const TaylorArgs& args);
 void taylor_update(const TaylorArgs& args, cudaStream_t stream);
 int64_t channel_moments_workspace(const MomentsArgs& args);
 void channel_moments_update(const MomentsArgs& args, cudaStream_t stream);
+int64_t covariance_workspace(const CovarianceArgs& args);
+void covariance_update(const CovarianceArgs& args, cudaStream_t stream);
+// The map that pixels are counted in is x itself: source tables are not read, and the one tap is at (0, 0). The tables
+// of pairs and slots lie in host memory and are read during the call alone.
+int64_t patch_covariance_workspace(const PatchCovarianceArgs& args);
+void patch_covariance_update(const PatchCovarianceArgs& args, cudaStream_t stream);
 // Maps have kMostRankRows rows and columns at most.
 constexpr int64_t kMostRankRows = 512;
 int64_t feature_map_rank_workspace(const RankArgs& args);

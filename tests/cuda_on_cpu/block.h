@@ -80,6 +80,7 @@ inline std::deque<Fiber> fibers;   // never moved; the first of them are
 inline std::vector<State> states;  // the threads of the running block
 inline size_t current;
 inline size_t at_block_barrier;
+inline size_t blocks_run;
 inline jmp_buf scheduler;
 inline const std::function<void()>* kernel;
 inline std::mt19937_64 random;
@@ -174,6 +175,7 @@ inline void check_all_exited() {
 
 inline void run_block() {
   at_block_barrier = 0;
+  ++blocks_run;
   std::fill(states.begin(), states.end(), State::kReady);
   while ((current = next_ready()) < states.size()) {
     Fiber& fiber = fibers[current];

@@ -9,6 +9,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // so that all of it lies in one segment, which find_shared() finds
 

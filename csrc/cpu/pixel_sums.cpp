@@ -1,0 +1,218 @@
+// Lattices overlap, but cut a map into few cells: sets of rows (and of columns) that lie in the same lattices. The map
+// is read once, for the sum of each cell; the sum over a lattice is that of its cells.
+#include "pixel_sums.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <tuple>
+
+#include "load.h"
+#include "multiarch.h"
+
+namespace pcafast::cpu {
+namespace {
+
+constexpr int64_t kTogether = 32;  // channels that a thread takes at a time, if they lie side by side
+
+// The cells along one axis.
+class Cells {
+ public:
+  Cells(int64_t size, int64_t step) : size_(size), step_(step) {}
+
+  // A run of pixels that sums are wanted of; the number by which it is known.
+  int64_t add(int64_t start, int64_t count) {
+    return runs_.try_emplace({start, count}, static_cast<int64_t>(runs_.size())).first->second;
+  }
+
+  void cut() {
+    std::map<std::vector<bool>, int64_t> cells;
+    of_.resize(size_);
+    for (int64_t k = 0; k < size_; ++k) {
+      std::vector<bool> in(runs_.size());
+      for (const auto& [run, number] : runs_) {
+        const auto [start, count] = run;
+        in[number] = k >= start && (k - start) % step_ == 0 && (k - start) / step_ < count;
+      }
+      of_[k] = cells.try_emplace(in, static_cast<int64_t>(cells.size())).first->second;
+    }
+    inside_.resize(runs_.size());
+    for (const auto& [in, cell] : cells) {
+      for (size_t run = 0; run < in.size(); ++run) {
+        if (in[run]) inside_[run].push_back(cell);
+      }
+    }
+    count_ = cells.size();
+  }
+
+  int64_t count() const { return count_; }
+  int64_t of(int64_t k) const { return of_[k]; }
+  const std::vector<int64_t>& inside(int64_t run) const { return inside_[run]; }
+
+ private:
+  int64_t size_, step_, count_ = 0;
+  std::map<std::pair<int64_t, int64_t>, int64_t> runs_;
+  std::vector<int64_t> of_;
+  std::vector<std::vector<int64_t>> inside_;
+};
+
+// A row of pixels added to the sums of their columns, or of a pixel's channels to those of its cell.
+template <class T>
+PCAFAST_MULTIARCH void add_row(const T* from, int64_t stride, int64_t count, double* sums, double* largest) {
+  double most = *largest;
+  if (stride == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      const double value = to_double(from[k]);
+      sums[k] += value;
+      most = std::abs(value) > most ? std::abs(value) : most;
+    }
+  } else {
+    for (int64_t k = 0; k < count; ++k) {
+      const double value = to_double(from[k * stride]);
+      sums[k] += value;
+      most = std::abs(value) > most ? std::abs(value) : most;
+    }
+  }
+  *largest = most;
+}
+
+struct Reader {
+  const PatchCovarianceArgs& args;
+  const Cells &rows, &columns;
+  double* sums;  // (channels, row cells, column cells)
+
+  int64_t cells() const { return rows.count() * columns.count(); }
+
+  // Calls use(first element of the row in channel 0, row) for all rows that are no zeros.
+  template <class T, class Use>
+  void for_each_row(Use&& use) const {
+    const MapView& x = args.x;
+    for (int64_t n = 0; n < x.examples; ++n) {
+      for (int64_t y = 0; y < args.height; ++y) {
+        if (args.source_rows[y] < 0) continue;
+        use(static_cast<const T*>(x.data) + n * x.example_stride + args.source_rows[y] * x.row_stride, y);
+      }
+    }
+  }
+
+  // Columns whose source is the one before's neighbour.
+  int64_t run_length(int64_t column) const {
+    int64_t length = 1;
+    while (column + length < args.width &&
+           args.source_columns[column + length] == args.source_columns[column] + length) {
+      ++length;
+    }
+    return length;
+  }
+
+  template <class T>
+  double read_channel(int64_t channel) const {
+    const MapView& x = args.x;
+    std::vector<double> by_column(rows.count() * args.width);
+    double largest = 0;
+    for_each_row<T>([&](const T* row, int64_t y) {
+      double* const to = by_column.data() + rows.of(y) * args.width;
+      for (int64_t column = 0, length; column < args.width; column += length) {
+        length = 1;
+        if (args.source_columns[column] < 0) continue;
+        length = run_length(column);
+        const T* const from = row + channel * x.channel_stride + args.source_columns[column] * x.column_stride;
+        add_row(from, x.column_stride, length, to + column, &largest);
+      }
+    });
+    for (int64_t cell = 0; cell < rows.count(); ++cell) {
+      for (int64_t column = 0; column < args.width; ++column) {
+        sums[channel * cells() + cell * columns.count() + columns.of(column)] += by_column[cell * args.width + column];
+      }
+    }
+    return largest;
+  }
+
+  template <class T>
+  double read_neighbours(int64_t first, int64_t count) const {
+    const MapView& x = args.x;
+    std::vector<double> by_cell(cells() * kTogether);
+    double largest = 0;
+    for_each_row<T>([&](const T* row, int64_t y) {
+      for (int64_t column = 0; column < args.width; ++column) {
+        if (args.source_columns[column] < 0) continue;
+        add_row(row + args.source_columns[column] * x.column_stride + first, 1, count,
+                by_cell.data() + (rows.of(y) * columns.count() + columns.of(column)) * kTogether, &largest);
+      }
+    });
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t cell = 0; cell < cells(); ++cell) sums[(first + c) * cells() + cell] = by_cell[cell * kTogether + c];
+    }
+    return largest;
+  }
+};
+
+}  // namespace
+
+PixelSums sum_pixels(const PatchCovarianceArgs& args) {
+  const int64_t channels = args.x.channels, entries = channels * args.taps;
+  Cells rows(args.height, args.row_step), columns(args.width, args.column_step);
+  // Of all first pixels, then of all partners; lattice by lattice and tap by tap.
+  std::vector<std::pair<int64_t, int64_t>> wanted;
+  for (const int64_t partner : {0, 1}) {
+    for (int64_t k = 0; k < args.lattices; ++k) {
+      const PixelPairs& pairs = args.pairs[k];
+      for (int64_t t = 0; t < args.taps; ++t) {
+        wanted.emplace_back(
+            rows.add(pairs.top + partner * pairs.down + args.tap_offsets[2 * t], pairs.rows),
+            columns.add(pairs.left + partner * pairs.right + args.tap_offsets[2 * t + 1], pairs.columns));
+      }
+    }
+  }
+  rows.cut();
+  columns.cut();
+
+  std::vector<double> cells(channels * rows.count() * columns.count());
+  const Reader reader{args, rows, columns, cells.data()};
+  const bool neighbours = args.x.channel_stride == 1 && args.x.column_stride != 1;
+  const int64_t together = neighbours ? kTogether : 1, blocks = (channels + together - 1) / together;
+  std::vector<double> largest(blocks);
+  with_element_type(args.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        largest[b] = neighbours ? reader.read_neighbours<T>(b * together, std::min(together, channels - b * together))
+                                : reader.read_channel<T>(b);
+      }
+    });
+  });
+
+  PixelSums sums;
+  sums.largest = *std::max_element(largest.begin(), largest.end());
+  const double pixels = static_cast<double>(args.x.examples * args.height * args.width);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t cell = 0; cell < reader.cells(); ++cell) sum += cells[c * reader.cells() + cell];
+    sums.mean.push_back(sum / pixels);
+    sums.finite &= std::isfinite(sum);
+  }
+  const auto collect = [&](int64_t begin, std::vector<double>& to) {
+    to.resize(args.lattices * entries);
+    for (int64_t k = 0; k < args.lattices; ++k) {
+      for (int64_t t = 0; t < args.taps; ++t) {
+        const auto [row_run, column_run] = wanted[begin + k * args.taps + t];
+        for (int64_t c = 0; c < channels; ++c) {
+          double sum = 0;
+          for (const int64_t row : rows.inside(row_run)) {
+            for (const int64_t column : columns.inside(column_run)) {
+              sum += cells[(c * rows.count() + row) * columns.count() + column];
+            }
+          }
+          to[k * entries + c * args.taps + t] = sum;
+        }
+      }
+    }
+  };
+  collect(0, sums.first);
+  collect(args.lattices * args.taps, sums.partner);
+  return sums;
+}
+
+}  // namespace pcafast::cpu

@@ -1,0 +1,78 @@
+// Merges a batch into the state by the pairwise formula of Chan, Golub and LeVeque (1979), unless it is not finite.
+#pragma once
+
+#include "pair_sums.h"
+
+namespace pcafast::cuda {
+
+constexpr int kShares = 16;  // threads that share the pieces of an element, at most
+
+__device__ inline int last_pass(const PairBatch& batch) { return second_pass(batch.verdicts[0], batch.x.dtype); }
+__device__ inline bool is_finite(const PairBatch& batch) { return batch.verdicts[last_pass(batch)].nonfinite == 0; }
+
+// Lanes (x) take neighbouring columns of a row of a slot's matrix, threads (y) share the pieces.
+__global__ void __launch_bounds__(kWarp * kShares) commit_products(PairBatch batch, PairState state) {
+  __shared__ double shared[kShares][kWarp];
+  const int64_t width = batch.x.width(), strips = (width + kWarp - 1) / kWarp;
+  const int64_t strip = blockIdx.x % strips, row = blockIdx.x / strips % width, group = blockIdx.x / strips / width;
+  const int64_t column = strip * kWarp + threadIdx.x;
+  const Slot& slot = batch.slot[blockIdx.y];
+  const double added = batch.count(slot);
+  if (added == 0 || !is_finite(batch) || (slot.symmetric && strip * kWarp + kWarp <= row)) return;
+
+  const int64_t tile = batch.tile;
+  double sum = 0;
+  for (int64_t e = slot.begin; e < slot.end; ++e) {
+    const Lattice& lattice = batch.lattices[batch.entries[e]];
+    const int64_t pair = batch.pair(slot.symmetric, row / tile, strip * kWarp / tile);
+#pragma unroll 4
+    for (int64_t piece = threadIdx.y; piece < lattice.pieces; piece += blockDim.y) {
+      sum += batch.record(lattice, piece, group, pair)[row % tile * tile + column % tile];
+    }
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || column >= width || (slot.symmetric && column < row)) return;
+  for (unsigned share = 1; share < blockDim.y; ++share) sum += shared[share][threadIdx.x];
+
+  const int pass = last_pass(batch);
+  const double unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
+  const int64_t channels = batch.x.channels, i = group * width + row, j = group * width + column;
+  const int64_t of_slot = blockIdx.y * channels;
+  const double left = batch.left[of_slot + i], right = batch.right[of_slot + j];
+  const double count = state.count[blockIdx.y], total = count + added;
+  const double* const shift = batch.shift + pass * channels;
+  const double* const right_means = state.right == nullptr ? state.left : state.right;
+  const double from_left = (shift[i] + left) * state.scale - state.left[of_slot + i];
+  const double from_right = (shift[j] + right) * state.scale - right_means[of_slot + j];
+  const double centred = sum / unit / unit - added * left * right;
+  double* const square = state.comoment + (blockIdx.y * batch.x.groups + group) * width * width;
+  double& at = square[row * width + column];
+  at += centred * state.scale * state.scale + from_left * from_right * (count * added / total);
+  if (slot.symmetric) square[column * width + row] = at;
+}
+
+// A block to a slot: means, then the count.
+__global__ void __launch_bounds__(kSumThreads) commit_means(PairBatch batch, PairState state) {
+  const Slot& slot = batch.slot[blockIdx.x];
+  const double added = batch.count(slot), count = state.count[blockIdx.x], total = count + added;
+  const int64_t channels = batch.x.channels, of_slot = blockIdx.x * channels;
+  const double* const shift = batch.shift + last_pass(batch) * channels;
+  const bool finite = is_finite(batch);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (!finite) *state.skipped += 1;
+    if (finite && state.patches != nullptr) *state.patches += state.added_patches;
+  }
+  if (added == 0 || !finite) return;
+  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    const auto merge = [&](double& mean, double of_batch) {
+      mean += ((shift[c] + of_batch) * state.scale - mean) * (added / total);
+    };
+    merge(state.left[of_slot + c], batch.left[of_slot + c]);
+    if (state.right != nullptr) merge(state.right[of_slot + c], batch.right[of_slot + c]);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) state.count[blockIdx.x] = total;
+}
+
+}  // namespace pcafast::cuda

@@ -1,0 +1,124 @@
+// What is decided between the passes and before a batch is merged into the state.
+#pragma once
+
+#include "elements.h"
+#include "pair_plan.h"
+
+namespace pcafast::cuda {
+
+constexpr int kSumThreads = 256;
+
+// One block. Shared memory for what it adds up.
+__global__ void __launch_bounds__(1024) add_weights(PairBatch batch) {
+  __shared__ double sums[1024 / kWarp];
+  const int64_t samples = batch.slot[0].count;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < samples; i += blockDim.x) sum += batch.x.weight[i];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) sum += sums[warp];
+  *batch.weight = sum;
+}
+
+// The shift of the first pass, near the mean of every channel: a warp takes a few samples of it. Those as they are need
+// none.
+__global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, bool raw) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) batch.verdicts[0] = batch.verdicts[1] = {};
+  const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
+  if (channel >= batch.x.channels) return;
+  const Samples& x = batch.x;
+  double sum = 0, taken = 0;
+  if (!raw) {
+    // Of the lattice with most samples, which is the first of these.
+    int64_t largest = 0;
+    for (int64_t l = 1; l < batch.lattice_count; ++l) {
+      const Lattice &one = batch.lattices[l], &other = batch.lattices[largest];
+      if (one.rows * one.columns > other.rows * other.columns) largest = l;
+    }
+    const Lattice& lattice = batch.lattices[largest];
+    const int64_t pixels = lattice.rows * lattice.columns, samples = x.examples * pixels;
+    const int64_t count = min(samples, int64_t{2 * kWarp});
+    for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) {
+      const int64_t sample = i * (samples / count), pixel = sample % pixels;
+      if (x.weight != nullptr && x.weight[sample] == 0) continue;
+      const int64_t offset = lattice.first + sample / pixels * x.example_stride +
+                             pixel / lattice.columns * x.row_stride + pixel % lattice.columns * x.column_stride;
+      sum += to_real(element<Any>(x.data, x.dtype, offset + channel * x.channel_stride));
+      ++taken;
+    }
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    taken += __shfl_xor_sync(kFullWarp, taken, offset);
+  }
+  if (threadIdx.x % kWarp > 0) return;
+  double shift = taken > 0 && isfinite(sum) ? sum / taken : 0;
+  if (x.dtype != Dtype::kFloat64) shift = static_cast<float>(shift);
+  batch.shift[channel] = shift;
+}
+
+// A warp to a channel of a slot: adds up what the blocks left of it.
+__global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch, int pass) {
+  if (pass > 0 && !second_pass(batch.verdicts[0], batch.x.dtype)) return;
+  const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
+  if (channel >= batch.x.channels) return;
+  const int64_t width = batch.x.width(), group = channel / width, tile = channel % width / batch.tile;
+  const int64_t within = channel % width % batch.tile, products = int64_t{batch.tile} * batch.tile;
+  const Slot& slot = batch.slot[blockIdx.y];
+  double left = 0, right = 0, square = 0;
+  for (int64_t e = slot.begin; e < slot.end; ++e) {
+    const Lattice& lattice = batch.lattices[batch.entries[e]];
+    const int64_t of_left = batch.pair(slot.symmetric, tile, slot.symmetric ? tile : 0);
+    for (int64_t piece = threadIdx.x % kWarp; piece < lattice.pieces; piece += kWarp) {
+      const double* const record = batch.record(lattice, piece, group, of_left);
+      left += record[products + within];
+      if (slot.symmetric) {
+        square += record[within * (batch.tile + 1)];
+      } else {
+        right += batch.record(lattice, piece, group, tile)[products + batch.tile + within];
+      }
+    }
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    left += __shfl_xor_sync(kFullWarp, left, offset);
+    right += __shfl_xor_sync(kFullWarp, right, offset);
+    square += __shfl_xor_sync(kFullWarp, square, offset);
+  }
+  if (threadIdx.x % kWarp > 0) return;
+  const double count = batch.count(slot), inverse = pass > 0 ? 1 / unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
+  if (!isfinite(left + right + square)) batch.verdicts[pass].nonfinite = 1;
+  if (slot.symmetric) right = left;
+  const int64_t at = blockIdx.y * batch.x.channels + channel;
+  batch.left[at] = count > 0 ? left / count * inverse : 0;
+  batch.right[at] = count > 0 ? right / count * inverse : 0;
+  batch.square[at] = square * inverse * inverse;
+}
+
+// Whether the first pass will do: a thread to a channel. And the shift of the second one.
+__global__ void __launch_bounds__(kSumThreads) judge(PairBatch batch, bool raw) {
+  const int64_t channel = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, channels = batch.x.channels;
+  if (channel >= channels) return;
+  double sum = 0, square = 0, count = 0;
+  for (int64_t s = 0; s < batch.slots; ++s) {
+    const Slot& slot = batch.slot[s];
+    if (!slot.symmetric) continue;
+    const double samples = batch.count(slot);
+    sum += batch.left[s * channels + channel] * samples;
+    square += batch.square[s * channels + channel];
+    count += samples;
+  }
+  const double mean = count > 0 ? sum / count : 0;
+  double shift = batch.shift[channel] + (isfinite(mean) ? mean : 0);
+  if (batch.x.dtype != Dtype::kFloat64) shift = static_cast<float>(shift);
+  batch.shift[channels + channel] = isfinite(shift) ? shift : 0;
+
+  constexpr double kLargest = 0x1p90, kSmallest = 0x1p-90;
+  Verdict& verdict = batch.verdicts[0];
+  if (!(square <= kLargest * count)) verdict.huge = 1;
+  if (square >= kSmallest * count) verdict.sizeable = 1;
+  if (sum * mean > (raw ? 64.0 / 65 : 0.5) * square) verdict.uncentred = 1;
+}
+
+}  // namespace pcafast::cuda
