@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Median time of 3 to 30 calls, by the GPU's own clock if there is one."""
+def milliseconds(call: Callable[[], object], device: str, budget: float = 100) -> float:
+    """Median time of 3 to 30 calls, as many as fit the budget, by the GPU's own clock if there is one."""
     measure = on_gpu if device == "cuda" else on_cpu
     call()
-    repeats = min(max(int(100 / measure(call)), 3), 30)
+    repeats = min(max(int(budget / measure(call)), 3), 30)
     return statistics.median(measure(call) for _ in range(repeats))
 
 

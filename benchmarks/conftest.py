@@ -37,7 +37,9 @@ def measure(case, peer, benchmark):
         if peer in case.absent:
             pytest.skip(f"{peer}: {case.absent[peer]}")
         benchmark.group = f"{case.operator} {case.inputs}"
-        benchmark.extra_info.update(operator=case.operator, peer=peer, inputs=case.inputs)
+        benchmark.extra_info.update(operator=case.operator, peer=peer, inputs=case.inputs, absent=case.absent)
+        if peer in case.multiply_adds:
+            benchmark.extra_info["multiply_adds"] = case.multiply_adds[peer]
         benchmark(case.calls[peer])
 
     return measure

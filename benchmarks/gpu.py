@@ -20,7 +20,10 @@ from typing import Any
 
 import bare
 
-MEASURED = ("kernels", "roofline", "graphs", "rank", "taylor", "moments", "hrank")
+MEASURED = (
+    *("kernels", "roofline", "graphs", "covariance", "patch_covariance", "rank", "taylor", "moments"),
+    "hrank",
+)
 SECONDS, LONGEST = 480, 180
 """Of the whole run; and of one section, so that one that hangs leaves time for the others."""
 

@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+import covariance_case
 import moments_case
+import patch_covariance_case
 import taylor_case
 import torch
 from cases import activations
+from gpu_covariance import covariance, patch_covariance
 from gpu_timings import moments, rank, roofline, taylor
 from rank_case import feature_maps
 from torch import Tensor
 
 from pcafast import native
-from pcafast.functional import default_rtol
+from pcafast.functional import add_patches, default_rtol
 from pcafast.native import operators
 
 
@@ -27,16 +30,21 @@ def kernels(device: str, tiny: bool) -> dict[str, Any]:
 
 
 def graphs(device: str, tiny: bool) -> dict[str, str]:
-    """Every operator in a CUDA graph: replayed, it must do what it does without, bit for bit."""
+    """Every operator with a kernel there, in a CUDA graph: replayed, it must do what it does without, bit for bit."""
     a, g = (activations((8, 64, 14, 14), "float32", "channels first", seed=seed, device=device) for seed in (0, 1))
     maps = feature_maps(2, 32).to(device)
     sums, moments = taylor_case.empty_state(64, device), moments_case.empty_state(64, device)
+    covariance, layout = covariance_case.empty_state(64, device), patch_covariance_case.layout_of(a, 1)
+    patches = patch_covariance_case.empty_state(layout, 64, device)
     ranks = torch.zeros(maps.shape[:2], dtype=torch.int64, device=device)
     calls: dict[str, tuple[Callable[[], object], list[Tensor]]] = {
+        "covariance_update_": (lambda: operators.covariance_update_(a, 1, 1, 1.0, None, *covariance), covariance),
+        "patch_covariance_update_": (lambda: add_patches(a, layout, 1, patches), list(patches.values())),
         "taylor_update_": (lambda: operators.taylor_update_(a, g, 1, 1.0, *sums), sums),
         "channel_moments_update_": (lambda: operators.channel_moments_update_(a, 1, *moments), moments),
         "feature_map_rank": (lambda: ranks.copy_(operators.feature_map_rank(maps, default_rtol(maps), 0.0)), [ranks]),
     }
+    calls = {name: one for name, one in calls.items() if native.has_kernel(name, device.upper())}
     for name, (call, outputs) in calls.items():
         expected = called_twice(call, outputs)
         found = called_twice(captured(call, device), outputs)
@@ -96,5 +104,6 @@ def hrank(device: str, tiny: bool) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[str, bool], Any]] = {
-    section.__name__: section for section in (kernels, roofline, graphs, rank, taylor, moments, hrank)
+    section.__name__: section
+    for section in (kernels, roofline, graphs, covariance, patch_covariance, rank, taylor, moments, hrank)
 }

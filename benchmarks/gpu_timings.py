@@ -23,15 +23,17 @@ STEPS = 256
 
 
 def roofline(device: str, tiny: bool) -> dict[str, float]:
-    """Copying, in bytes read and written per second; float64 by matrix products, and by multiply-adds in registers."""
-    side, size = (64, 2**10) if tiny else (4096, 2**24)
-    square = torch.randn(side, side, dtype=torch.float64, device=device)
+    """Copying, in bytes read and written per second; matrix products; float64 multiply-adds in registers."""
+    size = 2**10 if tiny else 2**24
     x, y = (torch.rand(size, dtype=torch.float64, device=device) / 2 for _ in range(2))
     chain = torch.compile(multiply_adds, fullgraph=True)
     torch.testing.assert_close(chain(x, y), multiply_adds(x, y))
     return {
         "copy_bytes_per_second": copy_bandwidth(device, tiny),
-        "float64_matmul_flops": 2e3 * side**3 / milliseconds(lambda: square @ square, device),
+        "bfloat16_matmul_flops": matmul_flops(torch.bfloat16, device, tiny),
+        "float32_matmul_flops": matmul_flops(torch.float32, device, tiny),
+        "tf32_matmul_flops": matmul_flops(torch.float32, device, tiny, tf32=True),
+        "float64_matmul_flops": matmul_flops(torch.float64, device, tiny),
         "float64_multiply_add_flops": 2e3 * STEPS * size / milliseconds(lambda: chain(x, y), device),
     }
 
@@ -46,6 +48,17 @@ def copy_bandwidth(device: str, tiny: bool) -> float:
     source = torch.empty(2**20 if tiny else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e3 * source.numel() / milliseconds(lambda: target.copy_(source), device)
+
+
+def matmul_flops(dtype: torch.dtype, device: str, tiny: bool, *, tf32: bool = False) -> float:
+    """Of a square product; float32 is rounded to TF32 only if asked for."""
+    side = 64 if tiny else 4096
+    square = torch.randn(side, side, device=device).to(dtype)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        return 2e3 * side**3 / milliseconds(lambda: square @ square, device)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def taylor(device: str, tiny: bool) -> Rows:

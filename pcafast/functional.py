@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcafast import reference
 from pcafast.errors import ArgumentError
+from pcafast.memory import require_memory
 from pcafast.native import operators
 from pcafast.patches import Layout, Padding, PaddingMode, Patches, assemble
 
@@ -84,8 +85,8 @@ def patch_covariance(
         correction: what is taken from the number of patches in the divisor; 1 gives the unbiased estimate.
 
     Returns:
-        mean (D,) and covariance (D, D), float64, D = C * kh * kw in unfold's order: channel, then row, then column. With
-        G > 1 groups the covariance is (G, D/G, D/G).
+        mean (D,) and covariance (D, D), float64, D = C * kh * kw in the order of unfold. With G > 1 groups the
+        covariance is (G, D/G, D/G).
 
     Raises:
         ValueError: x has no patch, holds NaN or infinities, or is not of a floating dtype; a setting that no
@@ -97,7 +98,7 @@ def patch_covariance(
     if groups < 1 or channels % groups:
         raise ArgumentError(f"groups: expected a divisor of the {channels} channels of x, got {groups}")
     cut = Patches.of(kernel_size, stride, padding, dilation, padding_mode)
-    layout = cut.layout(x.shape[2], x.shape[3], channels // groups)
+    layout = cut.layout(x, groups)
     slots, entries = len(layout.slot_ends), channels * len(layout.taps)
     side = entries // groups
     patches, count, left, right, comoment, skipped = _zeros(
@@ -215,6 +216,7 @@ def channel_count(x: Tensor, channel_dim: int) -> int:
 
 def _zeros(x: Tensor, *shapes: tuple[int, ...] | None) -> list[Tensor]:
     """Empty float64 sums on the device of x; None stands for the integer count of skipped batches."""
+    require_memory(f"x of shape {tuple(x.shape)}", [shape for shape in shapes if shape], x.device)
     return [
         torch.zeros(shape or (), dtype=torch.int64 if shape is None else torch.float64, device=x.device)
         for shape in shapes

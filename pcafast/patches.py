@@ -11,6 +11,7 @@ behind are the co-moments of pairs of pixels, a slot to each rectangle, from whi
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -96,7 +97,7 @@ class Patches:
         """Pixels of a patch."""
         return math.prod(self.kernel_size)
 
-    def takes_columns(self, group_channels: int) -> bool:
+    def takes_columns(self, channels: int, groups: int) -> bool:
         """Whether products of whole patches are cheaper than those of pairs of pixels.
 
         So it is where patches overlap little, or where there are too few channels to fill a vector. It does not
@@ -108,17 +109,22 @@ class Patches:
             len({((d * i) % s, d * (j - i)) for i in range(k) for j in range(k)})
             for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)
         )
-        columns = self.size * group_channels
-        gather = 24  # products that cost as much as to look up one element of a patch
-        return _products(columns) / 2 + gather * columns < offsets * _products(group_channels) / 2
+        # In multiplications, from measurements: looking up an element of a patch costs as much as 30 of them, once for
+        # every block of channels; pixels at a stride cost half as much again; single channels wait for each other.
+        entries = self.size * channels // groups
+        look_ups = 30 * entries * math.ceil(entries / 96)
+        of_columns = groups * (_products(entries) / 2 + look_ups)
+        of_pixels = 4 * _round_up(channels, 16) if channels == groups else groups * _products(channels // groups)
+        return of_columns < offsets * of_pixels / 2 * (1.5 if max(self.stride) > 1 else 1)
 
-    def layout(self, height: int, width: int, group_channels: int, *, windows: bool = False) -> Layout:
-        """What to add up for maps of a size, in a slot to every rectangle or, if asked or if that is less, every window.
+    def layout(self, x: Tensor, groups: int, *, windows: bool = False) -> Layout:
+        """What to add up for maps (N, C, H, W): a slot to each rectangle, or to each window if told to or if fewer.
 
         Raises:
             ArgumentError: the kernel does not fit into the padded map, or the map is too small for its padding.
         """
-        return _layout(self, height, width, self.takes_columns(group_channels), windows)
+        columns = self.takes_columns(x.shape[1], groups)
+        return _layout(self, x.shape[2], x.shape[3], columns, windows)
 
     def output_size(self, size: int, axis: int) -> int:
         """Rows (axis 0) or columns (axis 1) of the convolution's output."""
@@ -159,30 +165,31 @@ def assemble(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             blocks[:, :, i, :, j] = block
             blocks[:, :, j, :, i] = block.mT
     side = width * taps
-    return mean.permute(1, 2, 0).flatten(), blocks.view(groups, side, side)
+    blocks = blocks.view(groups, side, side)
+    return mean.permute(1, 2, 0).flatten(), (
+        blocks + blocks.mT
+    ) / 2  # or rounding differs within blocks on the diagonal
 
 
-def to_windows(state: Mapping[str, Tensor], members: Tensor) -> dict[str, Tensor]:
-    """The same state with a slot to each window, which all sizes of maps have in common.
-
-    Args:
-        state: as for ``assemble``.
-        members: (S', K, K) of ``Patches.layout(..., windows=True)``.
-    """
-    tap_i, tap_j = (index.to(state["members"].device) for index in members.nonzero()[:, 1:].T)
+def to_windows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state, as for ``assemble``, with a slot to each window, which all sizes of maps have in common."""
+    taps = state["members"].shape[1]
+    tap_i, tap_j = torch.triu_indices(taps, taps, device=state["members"].device)
     inside = state["members"][:, tap_i, tap_j].T.to(state["count"].dtype)
     count = inside @ state["count"]
     safe = count.clamp(min=1)[:, None]
     left, right = (inside @ (state["count"][:, None] * state[name]) / safe for name in ("left", "right"))
     groups = state["comoment"].shape[1]
     comoment = state["comoment"].new_zeros(len(count), *state["comoment"].shape[1:])
-    for slot in range(len(count)):
-        parts = inside[slot].nonzero().flatten()
-        a, b = state["left"][parts] - left[slot], state["right"][parts] - right[slot]
-        spread = _outer((state["count"][parts, None] * a).unflatten(1, (groups, -1)), b.unflatten(1, (groups, -1)))
-        comoment[slot] = state["comoment"][parts].sum(0) + spread.sum(0)
-    changed = {"count": count, "left": left, "right": right, "comoment": comoment, "members": members.to(tap_i.device)}
-    return {**state, **changed}
+    for window in range(len(count)):
+        parts = inside[window].nonzero().flatten()
+        a = state["count"][parts, None] * (state["left"][parts] - left[window])
+        b = state["right"][parts] - right[window]
+        spread = _outer(a.unflatten(1, (groups, -1)), b.unflatten(1, (groups, -1)))
+        comoment[window] = (state["comoment"][parts] + spread).sum(0)
+    members = state["members"].new_zeros(len(count), taps, taps)
+    members[torch.arange(len(count), device=members.device), tap_i, tap_j] = 1
+    return {**state, "count": count, "left": left, "right": right, "comoment": comoment, "members": members}
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -190,10 +197,12 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _products(channels: int) -> int:
-    """Products of a pixel with another, with the lanes of vectors that go unused."""
-    if channels == 1:
-        return 1
-    return math.ceil(channels / 16) * 16 * math.ceil(channels / 8) * 8
+    """Products of all channels of a pixel with those of another, unused lanes of vectors included."""
+    return _round_up(channels, 16) * (4 if channels <= 4 else _round_up(channels, 8))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 class _Interval(NamedTuple):
@@ -224,7 +233,7 @@ def _axis(size: int, outputs: int, kernel: int, stride: int, before: int, dilati
         ends = sorted({end for window in windows.values() for end in window})
         pieces = [
             _Interval(a * stride + phase, b - a, tuple(w for w, (begin, end) in windows.items() if begin <= a < end))
-            for a, b in zip(ends, ends[1:], strict=False)
+            for a, b in itertools.pairwise(ends)
         ]
         cut[phase, distance] = [piece for piece in pieces if piece.windows]
     return cut
@@ -239,8 +248,8 @@ def _layout(patches: Patches, height: int, width: int, columns: bool, windows: b
     taps, rectangles, members = torch.zeros(1, 2, dtype=torch.int64), [(0, 0, *outputs, 0, 0)], torch.ones(1, 1, 1)
     slots: list[list[int]] = [[0]]
     if columns:
-        steps = [dilation * torch.arange(kernel) for dilation, kernel in zip(patches.dilation, patches.kernel_size)]
-        taps = torch.cartesian_prod(*steps)
+        down, across = (patches.dilation[axis] * torch.arange(patches.kernel_size[axis]) for axis in (0, 1))
+        taps = torch.cartesian_prod(down, across)
     else:
         pieces = _rectangles(patches, [len(source) for source in sources], outputs, padded)
         rectangles = [rectangle for rectangle, _ in pieces]
@@ -306,12 +315,10 @@ def _source(patches: Patches, size: int, axis: int) -> Tensor:
 
 def _pair(name: str, value: object, least: int) -> Pair:
     """One number for both axes, or one for each."""
-    values = (value, value) if isinstance(value, int) else value
-    fits = isinstance(values, Sequence) and len(values) == 2
-    if not fits or not all(isinstance(one, int) and one >= least for one in values):  # type: ignore[union-attr]
+    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if len(values) != 2 or not all(isinstance(one, int) and one >= least for one in values):
         raise ArgumentError(f"{name}: expected an integer of at least {least}, or two of them, got {value!r}")
-    first, second = values  # type: ignore[misc]
-    return (first, second)
+    return values[0], values[1]
 
 
 def _padding(padding: Padding, kernel: Pair, stride: Pair, dilation: Pair) -> tuple[Pair, Pair]:

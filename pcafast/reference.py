@@ -121,16 +121,13 @@ def patch_covariance_update_(
         return
     rows, columns = source_rows.to(x.device), source_columns.to(x.device)
     # Index -1 takes the zeros that are appended.
-    maps = torch.nn.functional.pad(x.double(), (0, 1, 0, 1))[:, :, rows][:, :, :, columns]
+    maps: Tensor = torch.nn.functional.pad(x.double(), (0, 1, 0, 1))[:, :, rows][:, :, :, columns]
 
     def pixels(top: int, left: int, height: int, width: int) -> Tensor:
         """Samples (N * height * width, C * T)."""
-        shifted = [
-            maps[:, :, top + i : top + i + steps[0] * height : steps[0], left + j : left + j + steps[1] * width : steps[1]]
-            [:, :, :height, :width]
-            for i, j in taps.tolist()
-        ]
-        return torch.stack(shifted, 2).movedim((1, 2), (3, 4)).flatten(3).flatten(0, 2)
+        down, across = steps[0] * torch.arange(height), steps[1] * torch.arange(width)
+        shifted = [maps[:, :, top + i + down][:, :, :, left + j + across] for i, j in taps.tolist()]
+        return torch.stack(shifted, 2).permute(0, 3, 4, 1, 2).reshape(-1, x.shape[1] * len(taps))
 
     ends = slot_ends.tolist()
     batches = []
@@ -149,10 +146,7 @@ def patch_covariance_update_(
         return values.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
     products = torch.stack(
-        [
-            by_group(a - mean_a).mT @ by_group(b - mean_b)
-            for (a, b), mean_a, mean_b in zip(batches, *means, strict=True)
-        ]
+        [by_group(a - mean_a).mT @ by_group(b - mean_b) for (a, b), mean_a, mean_b in zip(batches, *means, strict=True)]
     )
     weight = (count * new_count / total).view(-1, 1, 1, 1)
     spread = delta[0].unflatten(1, (groups, -1)).unsqueeze(-1) * delta[1].unflatten(1, (groups, -1)).unsqueeze(-2)

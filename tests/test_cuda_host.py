@@ -32,13 +32,15 @@ RIGHT = {
     "votes": torch.full((THREADS,), 2),
     "warp_votes": 16 + (INDEX // 32 == 1).int(),
     "half_warps": torch.ones(THREADS),
+    "copy_and_wait": torch.where(INDEX == 5, 0, 4),
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_kernel_is_right_in_every_schedule(kernels: Kernels, name: str, schedule: int) -> None:
-    assert torch.equal(run(kernels, name, schedule), RIGHT[name].float().expand(2, -1))
+    result = run(kernels, name, schedule, shared=32 * THREADS)
+    assert torch.equal(result, RIGHT[name].float().expand(2, -1))
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,48 @@ def test_grids_and_blocks_of_three_dimensions(kernels: Kernels, schedule: int) -
         assert torch.equal(first_block, torch.arange(30, dtype=torch.int32))
     if schedule == 1:
         assert torch.equal(first_block, torch.arange(719, 689, -1, dtype=torch.int32))
+
+
+def test_a_copy_is_not_there_before_it_is_waited_for(kernels: Kernels) -> None:
+    assert run(kernels, "copy_and_wait_for_one", shared=32 * THREADS).isnan().all()
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_matrix_products(kernels: Kernels, depth: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-9, 10, (rows, depth), generator=generator).float() for rows in (16, 8))
+    out = torch.zeros(16, 8)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (left, right, out)]
+    kernels.call("run_multiply_matrices", depth, *pointers)
+    assert torch.equal(out, 100 + left @ right.T)
+
+
+def test_matrix_products_cut_off(kernels: Kernels) -> None:
+    """Sums lose what float has no room for; TF32 operands all but ten bits after the point."""
+    left, right, out = torch.zeros(16, 8), torch.ones(8, 8), torch.zeros(16, 8)
+    left[:, 0] = torch.tensor([2.0**-18, -(2.0**-18), 1 + 2.0**-10, 1 + 2.0**-11]).repeat(4)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (left, right, out)]
+    kernels.call("run_multiply_matrices", 8, *pointers)
+    expected = torch.tensor([100, 100 - 2.0**-17, 101 + 2.0**-10, 101]).repeat(4)
+    assert torch.equal(out, expected[:, None].expand(-1, 8))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_loads_of_matrices(kernels: Kernels, transposed: bool) -> None:
+    matrices = torch.arange(256, dtype=torch.int16).reshape(4, 8, 8)
+    out = torch.zeros(32, 4, dtype=torch.int32)
+    kernels.call("run_load_four", transposed, *[ctypes.c_void_p(x.data_ptr()) for x in (matrices, out)])
+    rows = matrices.mT if transposed else matrices
+    pairs = out.view(torch.int16).reshape(8, 4, 4, 2)  # g, t, matrix, one of two
+    assert torch.equal(pairs.permute(2, 0, 1, 3).reshape(4, 8, 8), rows)
+
+
+@pytest.mark.parametrize(
+    ("x", "rounded"),
+    [(1 + 2.0**-11, 1 + 2.0**-10), (-1 - 2.0**-11, -1 - 2.0**-10), (1 + 2.0**-12, 1.0), (2 - 2.0**-23, 2.0), (0.0, 0.0)],
+)
+def test_rounding_to_tf32(kernels: Kernels, x: float, rounded: float) -> None:
+    function = kernels.library.round_to_tf32
+    function.restype = ctypes.c_uint32
+    bits = function(ctypes.c_float(x))
+    assert ctypes.c_float.from_buffer(ctypes.c_uint32(bits)).value == rounded

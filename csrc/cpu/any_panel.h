@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "covariance_panel.h"
-#include "multiarch.h"
 
 namespace pcafast::cpu {
 
@@ -48,15 +47,9 @@ std::unique_ptr<AnyPanel> make_panel(Dtype dtype, int64_t channels) {
   return std::make_unique<Name<Floats>>(channels);
 }
 
-typedef float Floats16 __attribute__((vector_size(16)));
-typedef double Doubles16 __attribute__((vector_size(16)));
 PCAFAST_PANEL(Panel128)
 
 #if PCAFAST_INSTRUCTION_SETS
-typedef float Floats32 __attribute__((vector_size(32)));
-typedef double Doubles32 __attribute__((vector_size(32)));
-typedef float Floats64 __attribute__((vector_size(64)));
-typedef double Doubles64 __attribute__((vector_size(64)));
 PCAFAST_PANEL(Panel256, PCAFAST_V3)
 PCAFAST_PANEL(Panel512, PCAFAST_V4)
 

@@ -7,14 +7,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
-#include <type_traits>
-#include <utility>
 
 #include "../kernels.h"
-#include "load.h"
-#include "multiarch.h"
+#include "vectors.h"
 
 namespace pcafast::cpu {
 
@@ -39,15 +35,11 @@ inline void for_each_run(const ChannelView& x, int64_t begin, int64_t end, Use&&
 // Of a panel. Where the products are too many for the cache it is worth to have more samples before adding to them.
 inline int64_t most_samples(int64_t channels) { return channels <= 512 ? 256 : 1024; }
 
-// Vector is one register of float or double.
 template <class Vector>
-class Panel {
+class Panel : Lanes<Vector> {
  public:
-  using Work = std::remove_reference_t<decltype(std::declval<Vector&>()[0])>;
-  static constexpr int kBytes = sizeof(Vector);
-  static constexpr int kLanes = kBytes / sizeof(Work);
-  // Channels on the other side of a tile: with three vectors and their factors they fill the registers.
-  static constexpr int kRows = std::min(kBytes == 64 ? 8 : 4, kLanes);
+  using typename Lanes<Vector>::Work;
+  using Lanes<Vector>::kBytes, Lanes<Vector>::kLanes, Lanes<Vector>::kRows, Lanes<Vector>::element, Lanes<Vector>::load;
 
   explicit Panel(int64_t channels)
       : channels_(channels),
@@ -116,26 +108,6 @@ class Panel {
  private:
   static constexpr int64_t kCachedBytes = 512 << 10;
 
-  template <class T>
-  static Work element(T x) {
-    if constexpr (std::is_same_v<Work, double>) {
-      return to_double(x);
-    } else {
-      return to_float(x);
-    }
-  }
-
-  template <class T>
-  static Vector load(const T* from) {
-    Vector loaded;
-    if constexpr (std::is_same_v<T, Work>) {
-      std::memcpy(&loaded, from, sizeof loaded);
-    } else {
-      for (int l = 0; l < kLanes; ++l) loaded[l] = element(from[l]);
-    }
-    return loaded;
-  }
-
   Vector* packed(int64_t block) const { return packed_.get() + block * capacity_; }
   Vector centre(int64_t block) const { return load(centre_.get() + block * kLanes); }
 
@@ -182,25 +154,8 @@ class Panel {
       const int64_t c = block * kLanes + l;
       tile[l] = (load(data + c * channel_stride) - centre_[c]) * unit;
     }
-    transpose<1>(tile, std::make_index_sequence<kLanes>());
+    this->transpose(tile);
     std::copy(tile, tile + kLanes, to);
-  }
-
-  // Lane l of tile[i] becomes lane i of tile[l].
-  template <int kDistance, size_t... l>
-  static void transpose(Vector (&tile)[kLanes], std::index_sequence<l...> lanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & kDistance) continue;
-      const Vector a = tile[i], b = tile[i + kDistance];
-#if PCAFAST_HAS_SHUFFLEVECTOR
-      tile[i] = __builtin_shufflevector(a, b, (l & kDistance ? kLanes + (l ^ kDistance) : l)...);
-      tile[i + kDistance] = __builtin_shufflevector(a, b, (l & kDistance ? kLanes + l : l ^ kDistance)...);
-#else
-      ((tile[i][l] = l & kDistance ? b[l ^ kDistance] : a[l]), ...);
-      ((tile[i + kDistance][l] = l & kDistance ? b[l] : a[l ^ kDistance]), ...);
-#endif
-    }
-    if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(tile, lanes);
   }
 
   // Sums a few hundred products at most before it goes on in float64.

@@ -136,11 +136,19 @@ class Update {
     return std::isfinite(4 * largest * largest * args_.x.examples * args_.height * args_.width);
   }
 
-  // In the working type, from which it is subtracted.
+  // The mean over the largest lattice of pixels that are their own partners: if the border of the maps is out of the
+  // ordinary, it does not lie in that. In the working type, from which it is subtracted.
   void set_centre(const PixelSums& sums) {
+    int64_t largest = -1, most = 0;
+    for (int64_t k = 0; k < args_.lattices; ++k) {
+      const PixelPairs& pairs = args_.pairs[k];
+      if (pairs.down != 0 || pairs.right != 0 || pairs.rows * pairs.columns <= most) continue;
+      largest = k;
+      most = pairs.rows * pairs.columns;
+    }
     for (int64_t e = 0; e < entries_; ++e) {
-      double mean = sums.mean[e / args_.taps];
-      if (args_.taps > 1) mean = sums.first[e] / (args_.x.examples * args_.pairs[0].rows * args_.pairs[0].columns);
+      double mean = 0;
+      if (largest >= 0) mean = sums.first[largest * entries_ + e] / static_cast<double>(args_.x.examples * most);
       centre_.push_back(args_.x.dtype == Dtype::kFloat64 ? mean : static_cast<float>(mean));
     }
   }

@@ -23,11 +23,10 @@ struct Band {
 };
 
 template <class Vector>
-class PixelPanel : public Lanes<Vector> {
+class PixelPanel : Lanes<Vector> {
  public:
   using typename Lanes<Vector>::Work;
-  using Lanes<Vector>::kLanes;
-  using Lanes<Vector>::kRows;
+  using Lanes<Vector>::kLanes, Lanes<Vector>::kRows, Lanes<Vector>::element, Lanes<Vector>::load;
 
   PixelPanel(int64_t most_channels, int64_t most_pixels)
       : capacity_(most_pixels),
@@ -94,13 +93,12 @@ class PixelPanel : public Lanes<Vector> {
 
   // Adds the products of every channel with itself to out[i].
   void multiply_own(const Run* begin, const Run* end, int64_t step, double* out) const {
-    for (int64_t block = 0; block < blocks(); ++block) {
-      Vector sum{};
-      for (const Run* run = begin; run < end; ++run) {
-        const Vector *first = packed(block) + run->first, *partner = packed(block) + run->partner;
-        for (int64_t i = 0; i < run->length; ++i) sum += first[i * step] * partner[i * step];
+    for (int64_t block = 0; block < blocks(); block += 4) {
+      if (block + 4 <= blocks()) {
+        add_own<4>(block, begin, end, step, out);
+      } else {
+        for (int64_t one = block; one < blocks(); ++one) add_own<1>(one, begin, end, step, out);
       }
-      for (int l = 0; l < kLanes; ++l) out[block * kLanes + l] += sum[l];
     }
   }
 
@@ -114,9 +112,9 @@ class PixelPanel : public Lanes<Vector> {
     int64_t i = 0;
     if (channel_stride == 1) {
       for (int64_t b = 0; b < whole_blocks; ++b) {
-        const Vector centre = this->load(centre_.get() + b * kLanes);
+        const Vector centre = load(centre_.get() + b * kLanes);
         Vector* const to = packed(b) + pixels_;
-        for (int64_t k = 0; k < count; ++k) to[k] = (this->load(data + k * stride + b * kLanes) - centre) * unit_;
+        for (int64_t k = 0; k < count; ++k) to[k] = (load(data + k * stride + b * kLanes) - centre) * unit_;
       }
       i = count;
     } else if (stride == 1) {
@@ -137,7 +135,7 @@ class PixelPanel : public Lanes<Vector> {
       Work* const to = (Work*)(packed(c / kLanes) + pixels_) + c % kLanes;
       const T* const from = data + c * channel_stride;
       const Work centre = centre_[c];
-      for (int64_t i = first; i < last; ++i) to[i * kLanes] = (this->element(from[i * stride]) - centre) * unit_;
+      for (int64_t i = first; i < last; ++i) to[i * kLanes] = (element(from[i * stride]) - centre) * unit_;
     }
   }
 
@@ -147,7 +145,7 @@ class PixelPanel : public Lanes<Vector> {
     Vector tile[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int64_t c = block * kLanes + l;
-      tile[l] = (this->load(data + c * channel_stride) - centre_[c]) * unit_;
+      tile[l] = (load(data + c * channel_stride) - centre_[c]) * unit_;
     }
     this->transpose(tile);
     std::copy(tile, tile + kLanes, to);
@@ -165,10 +163,24 @@ class PixelPanel : public Lanes<Vector> {
       const Work centre = centre_[e];
       for (int64_t k = 0; k < grid.columns; ++k) {
         const bool is_zero = row_offset < 0 || offsets[k] < 0;
-        to[k * kLanes] = ((is_zero ? Work(0) : this->element(from[offsets[k]])) - centre) * unit_;
+        to[k * kLanes] = ((is_zero ? Work(0) : element(from[offsets[k]])) - centre) * unit_;
       }
     }
     pixels_ += grid.columns;
+  }
+
+  template <int kVectors>
+  void add_own(int64_t block, const Run* begin, const Run* end, int64_t step, double* out) const {
+    Vector sum[kVectors] = {};
+    for (const Run* run = begin; run < end; ++run) {
+      const Vector *first = packed(block) + run->first, *partner = packed(block) + run->partner;
+      for (int64_t i = 0; i < run->length * step; i += step) {
+        for (int v = 0; v < kVectors; ++v) sum[v] += first[v * capacity_ + i] * partner[v * capacity_ + i];
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      for (int l = 0; l < kLanes; ++l) out[(block + v) * kLanes + l] += sum[v][l];
+    }
   }
 
   template <int kCount, int kVectors>

@@ -9,7 +9,7 @@
 namespace pcafast::cpu {
 
 // Of channels (times taps) that a task takes together.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 96;
 constexpr int64_t kTile = kBlock * kBlock;
 
 struct PixelWork {

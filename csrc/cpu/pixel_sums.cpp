@@ -186,13 +186,7 @@ PixelSums sum_pixels(const PatchCovarianceArgs& args) {
 
   PixelSums sums;
   sums.largest = *std::max_element(largest.begin(), largest.end());
-  const double pixels = static_cast<double>(args.x.examples * args.height * args.width);
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t cell = 0; cell < reader.cells(); ++cell) sum += cells[c * reader.cells() + cell];
-    sums.mean.push_back(sum / pixels);
-    sums.finite &= std::isfinite(sum);
-  }
+  sums.finite = std::all_of(cells.begin(), cells.end(), [](double sum) { return std::isfinite(sum); });
   const auto collect = [&](int64_t begin, std::vector<double>& to) {
     to.resize(args.lattices * entries);
     for (int64_t k = 0; k < args.lattices; ++k) {

@@ -1,6 +1,7 @@
 // A vector of one register, as kernels that are written for its length use it.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -17,7 +18,7 @@ struct Lanes {
   static constexpr int kBytes = sizeof(Vector);
   static constexpr int kLanes = kBytes / sizeof(Work);
   // Rows of a tile of products: with three vectors and the factors of both they fill the registers.
-  static constexpr int kRows = kBytes == 64 ? 8 : kLanes < 4 ? kLanes : 4;
+  static constexpr int kRows = kBytes == 64 ? 8 : std::min(4, kLanes);
 
   template <class T>
   static Work element(T x) {

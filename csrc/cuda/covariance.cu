@@ -13,7 +13,7 @@ Samples samples(const CovarianceArgs& args) {
 
 PairTables tables(const CovarianceArgs& args) {
   const double count = static_cast<double>(args.x.examples) * args.x.positions;
-  return {{{0, 0, 1, args.x.positions, 0, 0, 1}}, {{0, 1, 1, count}}, {0}};
+  return {{{0, 0, 1, args.x.positions, 1, 0, 0, 0, 0, 0}}, {{0, 1, 1, count}}, {0}};
 }
 
 }  // namespace

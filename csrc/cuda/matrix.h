@@ -63,12 +63,17 @@ __device__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
   }
 }
 
-// 16 bytes to shared memory, both aligned, or zeros unless `valid`; there after wait_for_copies.
-__device__ inline void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+// kBytes, 8 or 16, to shared memory, both aligned to so many, or zeros unless `valid`; there after wait_for_copies.
+template <int kBytes>
+__device__ void copy_async(void* shared, const void* global, bool valid) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(global), "r"(bytes), "n"(kBytes)
+                 : "memory");
+  }
 }
 // What this thread copied since the last time is one batch.
 __device__ inline void end_batch_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

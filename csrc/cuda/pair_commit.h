@@ -13,21 +13,24 @@ __device__ inline bool is_finite(const PairBatch& batch) { return batch.verdicts
 // Lanes (x) take neighbouring columns of a row of a slot's matrix, threads (y) share the pieces.
 __global__ void __launch_bounds__(kWarp * kShares) commit_products(PairBatch batch, PairState state) {
   __shared__ double shared[kShares][kWarp];
-  const int64_t width = batch.x.width(), strips = (width + kWarp - 1) / kWarp;
-  const int64_t strip = blockIdx.x % strips, row = blockIdx.x / strips % width, group = blockIdx.x / strips / width;
-  const int64_t column = strip * kWarp + threadIdx.x;
+  const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp, line = blockIdx.x / strips;
+  const unsigned strip = blockIdx.x % strips, group = line / width, row = line % width;
+  const unsigned column = strip * kWarp + threadIdx.x;
   const Slot& slot = batch.slot[blockIdx.y];
   const double added = batch.count(slot);
-  if (added == 0 || !is_finite(batch) || (slot.symmetric && strip * kWarp + kWarp <= row)) return;
+  if (added == 0 || !is_finite(batch) || (slot.symmetric && (strip + 1) * kWarp <= row)) return;
 
-  const int64_t tile = batch.tile;
+  // Where the products are: (i, j) are channels, lanes to spare repeat the last column.
+  const unsigned tile = batch.tile, i = line, j = group * width + min(column, width - 1);
+  const unsigned bundle = i / static_cast<unsigned>(batch.bundle), before = bundle * batch.bundle;
+  const int64_t pair = batch.pair(slot.symmetric, (i - before) / tile, (j - before) / tile);
+  const unsigned tile_row = (i - before) % tile, tile_column = (j - before) % tile;
   double sum = 0;
   for (int64_t e = slot.begin; e < slot.end; ++e) {
     const Lattice& lattice = batch.lattices[batch.entries[e]];
-    const int64_t pair = batch.pair(slot.symmetric, row / tile, strip * kWarp / tile);
-#pragma unroll 4
+#pragma unroll 1
     for (int64_t piece = threadIdx.y; piece < lattice.pieces; piece += blockDim.y) {
-      sum += batch.record(lattice, piece, group, pair)[row % tile * tile + column % tile];
+      sum += batch.product(batch.record(lattice, piece, bundle, pair), tile_row, tile_column);
     }
   }
   shared[threadIdx.y][threadIdx.x] = sum;
@@ -37,8 +40,7 @@ __global__ void __launch_bounds__(kWarp * kShares) commit_products(PairBatch bat
 
   const int pass = last_pass(batch);
   const double unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
-  const int64_t channels = batch.x.channels, i = group * width + row, j = group * width + column;
-  const int64_t of_slot = blockIdx.y * channels;
+  const int64_t channels = batch.x.channels, of_slot = blockIdx.y * channels;
   const double left = batch.left[of_slot + i], right = batch.right[of_slot + j];
   const double count = state.count[blockIdx.y], total = count + added;
   const double* const shift = batch.shift + pass * channels;
@@ -46,10 +48,10 @@ __global__ void __launch_bounds__(kWarp * kShares) commit_products(PairBatch bat
   const double from_left = (shift[i] + left) * state.scale - state.left[of_slot + i];
   const double from_right = (shift[j] + right) * state.scale - right_means[of_slot + j];
   const double centred = sum / unit / unit - added * left * right;
-  double* const square = state.comoment + (blockIdx.y * batch.x.groups + group) * width * width;
-  double& at = square[row * width + column];
+  double* const square = state.comoment + (blockIdx.y * channels + group * width) * width;
+  double& at = square[int64_t{row} * width + column];
   at += centred * state.scale * state.scale + from_left * from_right * (count * added / total);
-  if (slot.symmetric) square[column * width + row] = at;
+  if (slot.symmetric) square[int64_t{column} * width + row] = at;
 }
 
 // A block to a slot: means, then the count.

@@ -3,7 +3,8 @@
 //   Staged      an element in shared memory
 //   Sum         what products are added up in at first
 //   kChunk      samples that are in shared memory together;  kStages: of such chunks there are so many
-//   kDrain      after how many chunks the sums are added to those in float64
+//   kResident   blocks of 64 x 64 channels that share a multiprocessor, at least
+//   kDrain      after how many chunks the sums are added to those in memory
 //   Warp        adds up: multiply(a, b) and add_sums(tile) chunk by chunk, drain and drain_sums write the results
 #pragma once
 
@@ -14,12 +15,12 @@ namespace pcafast::cuda {
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 
-// 16 x 8 sums of matrix instructions, from `row` and `column` on in a (kTile, kTile) record, which they are added to.
+// 16 x 8 sums of matrix instructions, from `row` and `column` on in (kTile, kTile) products, which they are added to.
 template <int kTile>
-__device__ void drain_matrix(float (&sums)[4], double* record, int row, int column, bool first) {
+__device__ void drain_matrix(float (&sums)[4], float* products, int row, int column, bool first) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    double* const out = record + (row + lane() / 4 + 8 * half) * kTile + column + lane() % 4 * 2;
+    float* const out = products + (row + lane() / 4 + 8 * half) * kTile + column + lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       out[i] = first ? sums[2 * half + i] : out[i] + sums[2 * half + i];
@@ -28,17 +29,10 @@ __device__ void drain_matrix(float (&sums)[4], double* record, int row, int colu
   }
 }
 
-// Sums of matrix instructions are cut off, not rounded, so those of a chunk are added to others by plain additions.
-template <int kRows, int kColumns>
-__device__ void add_chunk(float (&sums)[kRows][kColumns][4], const float (&chunk)[kRows][kColumns][4]) {
+// Sums of matrix instructions are cut off, not rounded, so few of them follow each other.
+__device__ inline void add_to(float (&sums)[4], const float (&few)[4]) {
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][n][i] += chunk[m][n][i];
-    }
-  }
+  for (int i = 0; i < 4; ++i) sums[i] += few[i];
 }
 
 // Sums of the samples of a tile: a lane to a channel.
@@ -64,7 +58,7 @@ template <typename T>
 struct Half {
   using Staged = uint16_t;
   using Sum = float;
-  static constexpr int kChunk = 32, kStages = 4, kDrain = 64;
+  static constexpr int kChunk = 32, kStages = 4, kDrain = 64, kResident = 3;
   static constexpr int kPadOfChannels = 8, kPadOfSamples = 8;
 
   template <class Tiling>
@@ -73,26 +67,34 @@ struct Half {
 
    public:
     __device__ void multiply(const uint16_t* a, const uint16_t* b, int row, int column) {
-      float chunk[2][kBlocks][4] = {};
+      constexpr int kSteps = kChunk / 16;
+      uint32_t left[kSteps][2][4];
 #pragma unroll
-      for (int k = 0; k < kChunk; k += 16) {
-        uint32_t left[2][4];
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) load_left(left[m], a, row + 16 * m, k);
+        for (int m = 0; m < 2; ++m) load_left(left[step][m], a, row + 16 * m, 16 * step);
+      }
 #pragma unroll
-        for (int n = 0; n < kBlocks; n += 2) {
-          const int channel = column + n * 8 + lane() / 16 * 8, sample = k + lane() / 8 % 2 * 8;
+      for (int n = 0; n < kBlocks; n += 2) {
+        float sums[2][2][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const int channel = column + n * 8 + lane() / 16 * 8, sample = 16 * step + lane() / 8 % 2 * 8;
           uint32_t right[4];
           load_at(right, b, channel, sample);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint32_t pair[2] = {right[2 * half], right[2 * half + 1]};
 #pragma unroll
-            for (int m = 0; m < 2; ++m) multiply_add(chunk[m][n + half], left[m], pair, T{});
+            for (int m = 0; m < 2; ++m) multiply_add(sums[m][half], left[step][m], pair, T{});
           }
         }
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) add_to(sums_[m][n + half], sums[m][half]);
+        }
       }
-      add_chunk(sums_, chunk);
     }
 
     // By a product with ones.
@@ -116,12 +118,12 @@ struct Half {
       }
     }
 
-    __device__ void drain(double* record, int row, int column, bool first) {
+    __device__ void drain(float* products, int row, int column, bool first) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          drain_matrix<Tiling::kTile>(sums_[m][n], record, row + 16 * m, column + 8 * n, first);
+          drain_matrix<Tiling::kTile>(sums_[m][n], products, row + 16 * m, column + 8 * n, first);
         }
       }
     }
@@ -156,53 +158,66 @@ struct Half {
 struct Single {
   using Staged = float;
   using Sum = float;
-  static constexpr int kChunk = 32, kStages = 2, kDrain = 32;
+  static constexpr int kChunk = 32, kStages = 2, kDrain = 32, kResident = 3;
   static constexpr int kPadOfChannels = 8, kPadOfSamples = 4;
 
   template <class Tiling>
   class Warp {
     static constexpr int kBlocks = Tiling::kWarpColumns / 8;
+    static constexpr int kSteps = 2;  // of matrix instructions that follow each other
 
    public:
     __device__ void multiply(const float* a, const float* b, int row, int column) {
       const int g = lane() / 4, t = lane() % 4;
-      float chunk[2][kBlocks][4] = {};
+#pragma unroll 1
+      for (int k = 0; k < kChunk; k += 8 * kSteps) {
+        uint32_t high[kSteps][2][4], low[kSteps][2][4];
 #pragma unroll
-      for (int k = 0; k < kChunk; k += 8) {
-        uint32_t high[2][4], low[2][4];
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+          for (int m = 0; m < 2; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int channel = row + 16 * m + g + i % 2 * 8, sample = k + t + i / 2 * 4;
-            split(a[Tiling::index(channel, sample)], high[m][i], low[m][i]);
+            for (int i = 0; i < 4; ++i) {
+              const int channel = row + 16 * m + g + i % 2 * 8, sample = k + 8 * step + t + i / 2 * 4;
+              split(a[Tiling::index(channel, sample)], high[step][m][i], low[step][m][i]);
+            }
           }
         }
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          uint32_t right_high[2], right_low[2];
+          uint32_t right_high[kSteps][2], right_low[kSteps][2];
+          float sums[2][4] = {};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            split(b[Tiling::index(column + 8 * n + g, k + t + 4 * i)], right_high[i], right_low[i]);
+          for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int channel = column + 8 * n + g, sample = k + 8 * step + t + 4 * i;
+              split(b[Tiling::index(channel, sample)], right_high[step][i], right_low[step][i]);
+            }
+#pragma unroll
+            for (int m = 0; m < 2; ++m) multiply_add(sums[m], low[step][m], right_high[step], float{});
+#pragma unroll
+            for (int m = 0; m < 2; ++m) multiply_add(sums[m], high[step][m], right_low[step], float{});
+          }
+          // The large products come last, so that few sums of any size are cut off.
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) multiply_add(sums[m], high[step][m], right_high[step], float{});
           }
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            multiply_add(chunk[m][n], low[m], right_high, float{});
-            multiply_add(chunk[m][n], high[m], right_low, float{});
-            multiply_add(chunk[m][n], high[m], right_high, float{});
-          }
+          for (int m = 0; m < 2; ++m) add_to(sums_[m][n], sums[m]);
         }
       }
-      add_chunk(sums_, chunk);
     }
     __device__ void add_sums(const float* tile, int row) { of_channels_.add(tile, row); }
 
-    __device__ void drain(double* record, int row, int column, bool first) {
+    __device__ void drain(float* products, int row, int column, bool first) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          drain_matrix<Tiling::kTile>(sums_[m][n], record, row + 16 * m, column + 8 * n, first);
+          drain_matrix<Tiling::kTile>(sums_[m][n], products, row + 16 * m, column + 8 * n, first);
         }
       }
     }
@@ -222,7 +237,7 @@ struct Single {
 struct Double {
   using Staged = double;
   using Sum = double;
-  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30;
+  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30, kResident = 2;
   static constexpr int kPadOfChannels = 2, kPadOfSamples = 2;
 
   // Lane 8 r + c has rows r, r + 4, ... and columns c, c + 8, ...
@@ -248,12 +263,12 @@ struct Double {
     }
     __device__ void add_sums(const double* tile, int row) { of_channels_.add(tile, row); }
 
-    __device__ void drain(double* record, int row, int column, bool) {
+    __device__ void drain(double* products, int row, int column, bool) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          record[(row + lane() / 8 + 4 * i) * Tiling::kTile + column + lane() % 8 + 8 * j] = sums_[i][j];
+          products[(row + lane() / 8 + 4 * i) * Tiling::kTile + column + lane() % 8 + 8 * j] = sums_[i][j];
         }
       }
     }

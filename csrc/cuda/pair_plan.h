@@ -19,13 +19,14 @@ struct Verdict {
   double nonfinite, uncentred, huge, sizeable;  // sizeable: squares are in float's range, and not all so small or zero
 };
 
-// Everything the kernels share; pointers are into the workspace.
+// Everything the kernels share; pointers are into the workspace. Groups of few channels are multiplied together, several
+// to a tile, of which only products within a group count.
 struct PairBatch {
   Samples x;
-  int64_t slots, lattice_count, tiles;  // tiles: of channels of a group
-  int64_t piece;                        // samples of a lattice that a block takes
+  int64_t slots, lattice_count;
   int64_t blocks;
-  int tile;  // channels
+  int tile;               // channels
+  int64_t bundle, tiles;  // channels that are multiplied with each other, and tiles of them
 
   Verdict* verdicts;  // of the first and the second pass
   double* weight;     // sum of the weights, if x has any
@@ -36,18 +37,26 @@ struct PairBatch {
   double *left, *right, *square;  // [slots][channels]: means about the shift; sums of squares of symmetric slots
   double* records;                // of each block
 
+  __host__ __device__ int64_t bundles() const { return (x.channels + bundle - 1) / bundle; }
   __host__ __device__ int64_t pairs(bool symmetric) const {
     return symmetric ? tiles * (tiles + 1) / 2 : tiles * tiles;
   }
   // Of tiles (row, column), row <= column if symmetric.
-  __host__ __device__ int64_t pair(bool symmetric, int64_t row, int64_t column) const {
+  __device__ int64_t pair(bool symmetric, int64_t row, int64_t column) const {
     return symmetric ? row * tiles - row * (row - 1) / 2 + column - row : row * tiles + column;
   }
-  // A block leaves products (tile, tile), then sums of the left and of the right samples (tile).
-  __host__ __device__ int64_t record_size() const { return int64_t{tile} * tile + 2 * tile; }
-  __device__ const double* record(const Lattice& lattice, int64_t piece, int64_t group, int64_t pair) const {
-    const int64_t all = pairs(lattice.symmetric);
-    return records + (lattice.first_block + (piece * x.groups + group) * all + pair) * record_size();
+  __host__ __device__ bool is_double() const { return x.dtype == Dtype::kFloat64; }
+  // A block leaves sums of the left and of the right samples (2, tile), then products (tile, tile): of doubles if x is
+  // of doubles, else of floats.
+  __host__ __device__ int64_t record_size() const { return 2 * tile + int64_t{tile} * tile / (is_double() ? 1 : 2); }
+  __device__ double* record(int64_t block) const { return records + block * record_size(); }
+  __device__ const double* record(const Lattice& lattice, int64_t piece, int64_t of_bundle, int64_t pair) const {
+    return record(lattice.first_block + (piece * bundles() + of_bundle) * pairs(lattice.symmetric) + pair);
+  }
+  __device__ double product(const double* record, int64_t row, int64_t column) const {
+    const double* const products = record + 2 * tile;
+    const int64_t at = row * tile + column;
+    return is_double() ? products[at] : reinterpret_cast<const float*>(products)[at];
   }
   __device__ double count(const Slot& slot) const { return x.weight == nullptr ? slot.count : *weight; }
 };
@@ -68,9 +77,9 @@ struct PairTables {
   std::vector<Slot> slots;
   std::vector<int64_t> entries;
 };
-// Where the state is; `right` is null if it is `left`, `examples` and `patches` count what is not counted by slots.
+// Where the state is; `right` is null if it is `left`, and so is `patches` where nothing else is counted.
 struct PairState {
-  double scale;
+  double scale;  // samples are taken times this
   double *count, *left, *right, *comoment;
   int64_t* skipped;
   double* patches;

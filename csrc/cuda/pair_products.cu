@@ -15,43 +15,50 @@ bool is_raw(const Samples& x) {
   return (x.dtype == Dtype::kFloat16 || x.dtype == Dtype::kBFloat16) && x.weight == nullptr;
 }
 
-int tile_of(const Samples& x) { return is_raw(x) && x.width() > 64 ? 128 : 64; }
+int64_t samples_of(const Samples& x, const Lattice& lattice) { return x.examples * lattice.rows * lattice.columns; }
 
 // Blocks that are on the device together, about.
-int64_t wave(const Samples& x, int tile) {
-  const int on_multiprocessor = tile == 128 ? 1 : is_raw(x) ? 4 : 2;
+int64_t wave(const PairBatch& batch) {
+  const int on_multiprocessor = batch.tile > 64 ? 1 : batch.is_double() ? 2 : 3;
   return int64_t{multiprocessors()} * on_multiprocessor;
 }
 
-int64_t samples_of(const Samples& x, const Lattice& lattice) { return x.examples * lattice.rows * lattice.columns; }
-
-// Sizes alone, and first_block and pieces of every lattice.
-PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, const PairTables& tables) {
-  constexpr int64_t kFewest = 512, kRounding = 64;  // samples to a piece
+// Sizes alone; and how the lattices are cut.
+PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) {
+  // Samples of a piece: fewer are not worth a block, of more the sums in float would lose accuracy.
+  constexpr int64_t kFewest = 512, kMost = 1 << 16;
+  const int64_t width = x.channels / x.groups;
   PairBatch batch = {};
   batch.x = x;
-  batch.slots = tables.slots.size();
+  batch.slots = slots;
   batch.lattice_count = lattices.size();
-  batch.tile = tile_of(x);
-  batch.tiles = ceil_div(x.width(), batch.tile);
-  int64_t work = 0, blocks = 0;
+  batch.tile = is_raw(x) && width > 64 ? 128 : 64;
+  batch.bundle = width * std::clamp<int64_t>(batch.tile / width, 1, x.groups);
+  batch.tiles = ceil_div(batch.bundle, batch.tile);
+  int64_t work = 0, units = 0;
   for (const Lattice& lattice : lattices) {
-    const int64_t samples = samples_of(x, lattice), units = samples > 0 ? x.groups * batch.pairs(lattice.symmetric) : 0;
-    work += samples * units;
-    blocks += units;
+    const int64_t samples = samples_of(x, lattice), pairs = batch.bundles() * batch.pairs(lattice.symmetric);
+    work += samples * pairs;
+    if (samples > 0) units += pairs;
   }
-  const int64_t waves = blocks == 1 ? 1 : 2;
-  batch.piece = std::max(kFewest, ceil_div(ceil_div(work, waves * wave(x, batch.tile)), kRounding) * kRounding);
+  const int64_t waves = units == 1 ? 1 : 2;
+  const int64_t piece = std::clamp(ceil_div(work, waves * wave(batch)), kFewest, kMost);
   for (Lattice& lattice : lattices) {
+    const int64_t samples = samples_of(x, lattice);
     lattice.first_block = batch.blocks;
-    lattice.pieces = ceil_div(samples_of(x, lattice), batch.piece);
-    batch.blocks += lattice.pieces * x.groups * batch.pairs(lattice.symmetric);
+    lattice.pieces = ceil_div(samples, piece);
+    if (samples == 0) continue;
+    lattice.piece = ceil_div(ceil_div(samples, lattice.pieces), kWarp) * kWarp;
+    lattice.pieces = ceil_div(samples, lattice.piece);
+    lattice.inverse_rows = 1.0 / lattice.rows;
+    lattice.inverse_columns = 1.0 / lattice.columns;
+    batch.blocks += lattice.pieces * batch.bundles() * batch.pairs(lattice.symmetric);
   }
   return batch;
 }
 
 // Gives all arrays their places from `begin` on; returns the end.
-double* place(PairBatch& batch, double* begin) {
+double* place(PairBatch& batch, int64_t entries, double* begin) {
   const auto take = [&](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(begin);
     begin += ceil_div(count * sizeof *pointer, sizeof(double));
@@ -62,8 +69,9 @@ double* place(PairBatch& batch, double* begin) {
   take(batch.weight, 1);
   take(batch.shift, 2 * channels);
   for (double** array : {&batch.left, &batch.right, &batch.square}) take(*array, batch.slots * channels);
-  take(batch.lattices, batch.lattice_count);
+  take(batch.lattices, batch.lattice_count);  // the tables last, one after another
   take(batch.slot, batch.slots);
+  take(batch.entries, entries);
   return begin;
 }
 
@@ -75,27 +83,37 @@ struct Numbers {
 __global__ void __launch_bounds__(kSumThreads) write_numbers(Numbers numbers, int count, int64_t* out) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = numbers.values[i];
 }
-template <typename T>
-void upload(const std::vector<T>& table, void* out, cudaStream_t stream) {
-  static_assert(sizeof(T) % sizeof(int64_t) == 0);
-  const int64_t count = table.size() * (sizeof(T) / sizeof(int64_t));
-  for (int64_t done = 0; done < count; done += Numbers::kMost) {
+
+void write_tables(const PairBatch& batch, const std::vector<Lattice>& lattices, const PairTables& tables,
+                  cudaStream_t stream) {
+  std::vector<int64_t> all;
+  const auto append = [&](const auto& table) {
+    static_assert(sizeof table[0] % sizeof(int64_t) == 0);
+    const size_t count = table.size() * (sizeof table[0] / sizeof(int64_t)), before = all.size();
+    all.resize(before + count);
+    std::memcpy(all.data() + before, table.data(), count * sizeof(int64_t));
+  };
+  append(lattices);
+  append(tables.slots);
+  append(tables.entries);
+  int64_t* const out = reinterpret_cast<int64_t*>(batch.lattices);
+  for (size_t done = 0; done < all.size(); done += Numbers::kMost) {
     Numbers numbers;
-    const int64_t now = std::min<int64_t>(count - done, Numbers::kMost);
-    std::memcpy(numbers.values, reinterpret_cast<const char*>(table.data()) + done * sizeof(int64_t),
-                now * sizeof(int64_t));
-    launch(write_numbers, dim3(1), dim3(kSumThreads), 0, stream, numbers, static_cast<int>(now),
-           static_cast<int64_t*>(out) + done);
+    const size_t count = std::min<size_t>(all.size() - done, Numbers::kMost);
+    std::copy_n(all.data() + done, count, numbers.values);
+    launch(write_numbers, dim3(1), dim3(kSumThreads), 0, stream, numbers, static_cast<int>(count), out + done);
   }
 }
 
-// Whether kWidth elements side by side are aligned wherever they are read.
-bool vectors_fit(const Samples& x, const std::vector<Lattice>& lattices, bool channels_inside, int width, int bytes) {
+// Whether `width` elements side by side are aligned wherever they are read.
+bool vectors_fit(const PairBatch& batch, const std::vector<Lattice>& lattices, bool channels_inside, int width,
+                 int bytes) {
+  const Samples& x = batch.x;
   if (x.weight != nullptr || (channels_inside ? x.channel_stride : x.column_stride) != 1) return false;
   const auto fits = [&](int64_t number) { return number % width == 0; };
   bool fit = reinterpret_cast<uintptr_t>(x.data) % (width * bytes) == 0 && fits(x.example_stride) &&
              fits(x.row_stride) && fits(channels_inside ? x.column_stride : x.channel_stride);
-  if (channels_inside) fit &= fits(x.width());
+  if (channels_inside) fit &= fits(x.channels) && (batch.bundles() == 1 || fits(batch.bundle));
   for (const Lattice& lattice : lattices) {
     if (samples_of(x, lattice) == 0) continue;
     fit &= fits(lattice.first) && fits(lattice.partner) && (channels_inside || fits(lattice.columns));
@@ -121,15 +139,19 @@ struct Pass {
       run<Tiling<Kind, kTile, false>, Staging, T, kWidth>();
     }
   }
-  template <typename T>
-  void raw(bool channels_inside, bool wide) const {
-    if (batch.tile == 128) {
-      wide ? with_layout<Half<T>, AsyncStaging, T, 8, 128>(channels_inside)
-           : with_layout<Half<T>, RegisterStaging, T, 1, 128>(channels_inside);
+  template <typename T, int kTile>
+  void raw(bool channels_inside, int width) const {
+    if (width == 8) {
+      with_layout<Half<T>, AsyncStaging, T, 8, kTile>(channels_inside);
+    } else if (width == 4) {
+      with_layout<Half<T>, AsyncStaging, T, 4, kTile>(channels_inside);
     } else {
-      wide ? with_layout<Half<T>, AsyncStaging, T, 8, 64>(channels_inside)
-           : with_layout<Half<T>, RegisterStaging, T, 1, 64>(channels_inside);
+      with_layout<Half<T>, RegisterStaging, T, 1, kTile>(channels_inside);
     }
+  }
+  template <typename T>
+  void raw(bool channels_inside, int width) const {
+    batch.tile == 128 ? raw<T, 128>(channels_inside, width) : raw<T, 64>(channels_inside, width);
   }
 };
 
@@ -139,14 +161,15 @@ void multiply(const PairBatch& batch, const std::vector<Lattice>& lattices, int 
   const bool channels_inside = x.channel_stride == 1 || x.column_stride != 1;
   const bool raw = is_raw(x) && number == 0;
   if (x.dtype == Dtype::kFloat64) {
-    vectors_fit(x, lattices, channels_inside, 2, 8)
+    vectors_fit(batch, lattices, channels_inside, 2, 8)
         ? pass.with_layout<Double, RegisterStaging, double, 2, 64>(channels_inside)
         : pass.with_layout<Double, RegisterStaging, double, 1, 64>(channels_inside);
   } else if (raw) {
-    const bool wide = vectors_fit(x, lattices, channels_inside, 8, 2);
-    x.dtype == Dtype::kFloat16 ? pass.raw<Float16>(channels_inside, wide) : pass.raw<BFloat16>(channels_inside, wide);
+    const auto fit = [&](int width) { return vectors_fit(batch, lattices, channels_inside, width, 2); };
+    const int width = fit(8) ? 8 : fit(4) ? 4 : 1;
+    x.dtype == Dtype::kFloat16 ? pass.raw<Float16>(channels_inside, width) : pass.raw<BFloat16>(channels_inside, width);
   } else if (x.dtype == Dtype::kFloat32 && x.weight == nullptr) {
-    vectors_fit(x, lattices, channels_inside, 4, 4)
+    vectors_fit(batch, lattices, channels_inside, 4, 4)
         ? pass.with_layout<Single, RegisterStaging, float, 4, 64>(channels_inside)
         : pass.with_layout<Single, RegisterStaging, float, 1, 64>(channels_inside);
   } else if (batch.tile == 128) {
@@ -166,26 +189,25 @@ int power_of_two(int64_t at_least, int most) {
 
 int64_t pair_workspace(const Samples& x, const PairTables& tables) {
   std::vector<Lattice> lattices = tables.lattices;
-  PairBatch batch = plan(x, lattices, tables);
+  PairBatch batch = plan(x, lattices, tables.slots.size());
   double* const none = nullptr;
-  return place(batch, none) - none + tables.entries.size();
+  return place(batch, tables.entries.size(), none) - none;
 }
 
 void update_pairs(const Samples& x, const PairTables& tables, const PairState& state, double* workspace,
                   cudaStream_t stream) {
   std::vector<Lattice> lattices = tables.lattices;
-  PairBatch batch = plan(x, lattices, tables);
-  batch.entries = reinterpret_cast<int64_t*>(place(batch, workspace));
-  upload(lattices, batch.lattices, stream);
-  upload(tables.slots, batch.slot, stream);
-  upload(tables.entries, batch.entries, stream);
+  PairBatch batch = plan(x, lattices, tables.slots.size());
+  place(batch, tables.entries.size(), workspace);
+  write_tables(batch, lattices, tables, stream);
 
   const dim3 threads(kSumThreads);
-  const unsigned warps = ceil_div(x.channels, kSumThreads / kWarp);
-  const unsigned slots = batch.slots;
+  const unsigned warps = ceil_div(x.channels, kSumThreads / kWarp), slots = batch.slots;
+  const auto fewer = [&](const Lattice& a, const Lattice& b) { return samples_of(x, a) < samples_of(x, b); };
+  const int64_t largest = std::max_element(lattices.begin(), lattices.end(), fewer) - lattices.begin();
   const bool raw = is_raw(x);
   if (x.weight != nullptr) launch(add_weights, dim3(1), dim3(1024), 0, stream, batch);
-  launch(choose_shift, dim3(warps), threads, 0, stream, batch, raw);
+  launch(choose_shift, dim3(warps), threads, 0, stream, batch, largest, raw || batch.blocks == 0);
   for (const int pass : {0, 1}) {
     if (batch.blocks > 0) multiply(batch, lattices, pass, stream);
     launch(add_channel_sums, dim3(warps, slots), threads, 0, stream, batch, pass);
@@ -193,7 +215,7 @@ void update_pairs(const Samples& x, const PairTables& tables, const PairState& s
   }
   int64_t pieces = 1;
   for (const Lattice& lattice : lattices) pieces = std::max(pieces, lattice.pieces);
-  const unsigned strips = ceil_div(x.width(), kWarp) * x.channels;
+  const unsigned strips = ceil_div(x.channels / x.groups, kWarp) * x.channels;
   launch(commit_products, dim3(strips, slots), dim3(kWarp, power_of_two(pieces, kShares)), 0, stream, batch, state);
   launch(commit_means, dim3(slots), threads, 0, stream, batch, state);
 }

@@ -17,47 +17,69 @@ __device__ inline const Lattice& this_lattice(const PairBatch& batch) {
   return batch.lattices[low];
 }
 
-__device__ inline Task this_task(const PairBatch& batch, const Lattice& lattice) {
-  const int64_t pairs = batch.pairs(lattice.symmetric), index = blockIdx.x - lattice.first_block;
-  const int64_t piece = index / pairs / batch.x.groups;
-  int64_t pair = index % pairs, row = 0;
-  for (int64_t length = batch.tiles; pair >= length; ++row) {
+struct TilePair {
+  int64_t piece;
+  unsigned bundle, row, column;
+};
+__device__ inline TilePair this_pair(const PairBatch& batch, const Lattice& lattice) {
+  const unsigned pairs = batch.pairs(lattice.symmetric), bundles = batch.bundles();
+  const unsigned index = blockIdx.x - static_cast<unsigned>(lattice.first_block), unit = index / pairs;
+  unsigned pair = index - unit * pairs, row = 0;
+  for (unsigned length = batch.tiles; pair >= length; ++row) {
     pair -= length;
     if (lattice.symmetric) --length;
   }
-  const int64_t column = lattice.symmetric ? row + pair : pair;
-  const int64_t samples = batch.x.examples * lattice.rows * lattice.columns, begin = piece * batch.piece;
-  return {begin, min(begin + batch.piece, samples), index / pairs % batch.x.groups, row, column,
-          lattice.symmetric && row == column && batch.x.weight == nullptr};
+  return {unit / bundles, unit % bundles, row, lattice.symmetric ? row + pair : pair};
+}
+
+__device__ inline Task task_of(const PairBatch& batch, const Lattice& lattice, const TilePair& pair) {
+  const int64_t samples = batch.x.examples * lattice.rows * lattice.columns, begin = pair.piece * lattice.piece;
+  Task task = {begin, static_cast<int>(min(lattice.piece, samples - begin)), {}, {}, false};
+  for (int o = 0; o < 2; ++o) {
+    const int64_t within = int64_t{o == 0 ? pair.row : pair.column} * batch.tile;
+    task.first[o] = pair.bundle * batch.bundle + within;
+    const int64_t channels = min(batch.bundle - within, batch.x.channels - task.first[o]);
+    task.channels[o] = static_cast<int>(min(channels, int64_t{batch.tile}));
+  }
+  task.same = lattice.symmetric && pair.row == pair.column && batch.x.weight == nullptr;
+  return task;
 }
 
 template <class Tiling, template <class, typename, int> class Staging, typename T, int kWidth>
-__global__ void __launch_bounds__(Tiling::kThreads) multiply_pairs(PairBatch batch, int pass) {
+__global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kResident : 1)
+    multiply_pairs(PairBatch batch, int pass) {
   using Kind = typename Tiling::Kind;
   using Sum = typename Kind::Sum;
   using Staged = typename Kind::Staged;
   if (pass > 0 && !second_pass(batch.verdicts[0], batch.x.dtype)) return;
 
   const Lattice lattice = this_lattice(batch);
-  const Task task = this_task(batch, lattice);
+  const TilePair pair = this_pair(batch, lattice);
+  const Task task = task_of(batch, lattice, pair);
   const Samples& x = batch.x;
   Staged* const memory = dynamic_shared<Staged>();
   Sum* const offsets = reinterpret_cast<Sum*>(memory + 2 * Kind::kStages * Tiling::kElements);
   const Sum unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], x.dtype) : 1;
-  for (int c = threadIdx.x; c < 2 * Tiling::kTile; c += Tiling::kThreads) {
-    const int64_t channel = (c < Tiling::kTile ? task.row : task.column - 1) * Tiling::kTile + c;
-    const double shift = batch.shift[pass * x.channels + task.group * x.width() + min(channel, x.width() - 1)];
-    offsets[c] = static_cast<Sum>(shift) * unit;
+  for (int i = threadIdx.x; i < 2 * Tiling::kTile; i += Tiling::kThreads) {
+    const int o = i / Tiling::kTile, channel = i % Tiling::kTile;
+    const double* const shift = batch.shift + pass * x.channels + task.first[o];
+    offsets[i] = channel < task.channels[o] ? static_cast<Sum>(shift[channel]) * unit : 0;
   }
   __syncthreads();
 
-  const int chunks = static_cast<int>((task.end - task.begin + Tiling::kChunk - 1) / Tiling::kChunk);
-  const int warp = threadIdx.x / kWarp, row = warp / 2 * kWarpRows, column = warp % 2 * Tiling::kWarpColumns;
-  const bool diagonal = lattice.symmetric && task.row == task.column;
-  const bool multiplies = !diagonal || row < column + Tiling::kWarpColumns;  // or lies below the diagonal
+  const int chunks = (task.samples + Tiling::kChunk - 1) / Tiling::kChunk;
+  const int warp = threadIdx.x / kWarp, side = warp % 2;
+  const int row = warp / 2 * kWarpRows, column = side * Tiling::kWarpColumns;
+  const bool diagonal = lattice.symmetric && pair.row == pair.column;
+  // Or lies beyond the channels, or below the diagonal.
+  const bool multiplies = row < task.channels[0] && column < task.channels[1] &&
+                          !(diagonal && row >= column + Tiling::kWarpColumns);
   // One column of warps adds up the left samples, the other one the right ones: each in one of the pairs they are in.
-  const bool adds = warp % 2 == 0 ? (lattice.symmetric ? diagonal : task.column == 0) : !lattice.symmetric && task.row == 0;
-  double* const record = batch.records + blockIdx.x * batch.record_size();
+  const bool of_this_pair = side == 0 ? diagonal || (!lattice.symmetric && pair.column == 0)
+                                      : !lattice.symmetric && pair.row == 0;
+  const bool adds = of_this_pair && row < task.channels[side];
+  double* const record = batch.record(blockIdx.x);
+  Sum* const out = reinterpret_cast<Sum*>(record + 2 * Tiling::kTile);
 
   typename Kind::template Warp<Tiling> products;
   Staging<Tiling, T, kWidth> staging(x, lattice, task, chunks, memory);
@@ -67,14 +89,14 @@ __global__ void __launch_bounds__(Tiling::kThreads) multiply_pairs(PairBatch bat
     const Staged* const left = staging.arrive(chunk);
     const Staged* const right = left + (task.same ? 0 : Tiling::kElements);
     if (multiplies) products.multiply(left, right, row, column);
-    if (adds) products.add_sums(warp % 2 == 0 ? left : right, row);
+    if (adds) products.add_sums(side == 0 ? left : right, row);
     staging.leave(chunk);
     if (multiplies && (chunk + 1 == chunks || chunk + 1 - drained == Kind::kDrain)) {
-      products.drain(record, row, column, drained == 0);
+      products.drain(out, row, column, drained == 0);
       drained = chunk + 1;
     }
   }
-  if (adds) products.write_sums(record + Tiling::kTile * Tiling::kTile + warp % 2 * Tiling::kTile, row);
+  if (adds) products.write_sums(record + side * Tiling::kTile, row);
 }
 
 }  // namespace pcafast::cuda

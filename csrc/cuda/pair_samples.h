@@ -14,33 +14,40 @@ struct Samples {
   int64_t examples, channels;
   int64_t example_stride, channel_stride, row_stride, column_stride;
   const double* weight;  // of sample i, or null
-  int64_t groups;        // of channels
-
-  __host__ __device__ int64_t width() const { return channels / groups; }
+  int64_t groups;        // of channels, which are multiplied with those of their own group alone
 };
 
+// x / y for 0 <= x < 2^53 and the reciprocal of y to rounding; a division of 64-bit integers would be a function call.
+__device__ inline int64_t quotient(int64_t x, int64_t y, double reciprocal) {
+  const int64_t guess = static_cast<int64_t>(x * reciprocal), rest = x - guess * y;
+  return rest < 0 ? guess - 1 : rest >= y ? guess + 1 : guess;
+}
+
 // Lies in device memory. `first` is the offset of the first pixel of the first example, `partner` that of a pixel's
-// partner from the pixel; blocks first_block, first_block + 1, ... of the grid multiply it, in so many pieces.
+// partner from the pixel.
 struct Lattice {
-  int64_t first, partner, rows, columns, first_block, pieces, symmetric;
+  int64_t first, partner, rows, columns;
+  int64_t symmetric;            // whether pixels are their own partners
+  int64_t first_block;          // of the grid, from this one on
+  int64_t pieces, piece;        // how many the samples are cut into, and how many samples each of them has
+  double inverse_rows, inverse_columns;
 };
 
 // Goes through the samples of a lattice, which are numbered along columns, then rows, then examples.
 class Cursor {
  public:
   __device__ Cursor(const Samples& x, const Lattice& lattice, int64_t sample, int step)
-      : rows_(lattice.rows),
-        columns_(lattice.columns),
-        next_row_(x.row_stride - columns_ * x.column_stride),
-        next_example_(x.example_stride - rows_ * x.row_stride) {
-    const int64_t line = sample / columns_, lines = step / columns_;
-    column_ = sample - line * columns_;
-    row_ = line % rows_;
-    offset_ =
-        lattice.first + line / rows_ * x.example_stride + row_ * x.row_stride + column_ * x.column_stride;
-    step_columns_ = step - lines * columns_;
-    step_rows_ = lines % rows_;
-    step_offset_ = lines / rows_ * x.example_stride + step_rows_ * x.row_stride + step_columns_ * x.column_stride;
+      : columns_(lattice.columns),
+        next_row_(x.row_stride - lattice.columns * x.column_stride),
+        next_example_(x.example_stride - lattice.rows * x.row_stride),
+        rows_(lattice.rows) {
+    const Place start(lattice, sample), apart(lattice, step);
+    column_ = start.column;
+    row_ = start.row;
+    offset_ = lattice.first + start.offset(x);
+    step_columns_ = apart.column;
+    step_rows_ = apart.row;
+    step_offset_ = apart.offset(x);
   }
 
   __device__ int64_t offset() const { return offset_; }
@@ -61,9 +68,25 @@ class Cursor {
   }
 
  private:
-  const int64_t rows_, columns_, next_row_, next_example_;
-  int64_t offset_, step_offset_;
-  int64_t column_, row_, step_columns_, step_rows_;
+  struct Place {
+    int64_t example, column;
+    int row;
+
+    __device__ Place(const Lattice& lattice, int64_t sample) {
+      const int64_t line = quotient(sample, lattice.columns, lattice.inverse_columns);
+      example = quotient(line, lattice.rows, lattice.inverse_rows);
+      row = line - example * lattice.rows;
+      column = sample - line * lattice.columns;
+    }
+    __device__ int64_t offset(const Samples& x) const {
+      return example * x.example_stride + row * x.row_stride + column * x.column_stride;
+    }
+  };
+
+  const int64_t columns_, next_row_, next_example_;  // positions of an example may be more than an int holds
+  int64_t column_, offset_, step_offset_;
+  const int rows_;
+  int row_, step_columns_, step_rows_;
 };
 
 }  // namespace pcafast::cuda

@@ -9,9 +9,11 @@ namespace pcafast::cuda {
 
 // What one block multiplies.
 struct Task {
-  int64_t begin, end;  // samples of the lattice
-  int64_t group, row, column;  // tiles of channels
-  bool same;                   // left and right samples are the same
+  int64_t begin;            // of the samples of the lattice
+  int samples;
+  int64_t first[2];         // channel, of the left and of the right samples
+  int channels[2];          // from there on, kTile at most
+  bool same;                // left and right samples are the same
 };
 
 // How the threads share the elements of two tiles: each takes kWidth neighbours at a time, kLoads times.
@@ -28,7 +30,7 @@ struct Shares {
   static __device__ int place(int load) { return outside(load) * Tiling::kRow + inside(); }
 };
 
-// Walks through the samples with a thread: use(load, operand, offset, valid) of every load, chunk by chunk.
+// Walks through the samples with a thread, chunk by chunk: use(load, operand, offset, valid) of every load.
 template <class Tiling, int kWidth>
 class Walk {
   using Share = Shares<Tiling, kWidth>;
@@ -36,44 +38,37 @@ class Walk {
  public:
   __device__ Walk(const Samples& x, const Lattice& lattice, const Task& task)
       : cursor_(x, lattice, task.begin + Share::sample(0), Tiling::kChannelsInside ? Share::kPass : Tiling::kChunk),
-        sample_(task.begin),
-        end_(task.end),
+        left_(task.samples),
         channel_stride_(x.channel_stride),
-        operands_(task.same ? 1 : 2) {
-    const int64_t tiles[2] = {task.row, task.column};
+        same_(task.same) {
     for (int o = 0; o < 2; ++o) {
-      left_[o] = static_cast<int>(min(x.width() - tiles[o] * Tiling::kTile, int64_t{Tiling::kTile}));
-      base_[o] = (task.group * x.width() + tiles[o] * Tiling::kTile + Share::channel(0)) * channel_stride_ +
-                 o * lattice.partner;
+      channels_[o] = task.channels[o];
+      base_[o] = (task.first[o] + Share::channel(0)) * channel_stride_ + o * lattice.partner;
     }
   }
-
-  __device__ int64_t end() const { return end_; }
 
   template <typename Use>
   __device__ void chunk(Use use) {
 #pragma unroll
     for (int i = 0; i < Share::kLoads; ++i) {
-      const int64_t sample = sample_ + Share::sample(i);
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
-        if (o == operands_) break;
-        const bool valid = sample < end_ && Share::channel(i) < left_[o];
-        use(i, o, cursor_.offset() + base_[o] + (Tiling::kChannelsInside ? 0 : i * Share::kPass * channel_stride_), valid,
-            sample);
+        if (o == 1 && same_) break;
+        const int64_t step = Tiling::kChannelsInside ? 0 : i * Share::kPass * channel_stride_;
+        use(i, o, cursor_.offset() + base_[o] + step, Share::sample(i) < left_ && Share::channel(i) < channels_[o]);
       }
       if (Tiling::kChannelsInside) cursor_.advance();
     }
     if (!Tiling::kChannelsInside) cursor_.advance();
-    sample_ += Tiling::kChunk;
+    left_ -= Tiling::kChunk;
   }
 
  private:
   Cursor cursor_;
-  int64_t sample_;
-  const int64_t end_, channel_stride_;
-  const int operands_;
-  int left_[2];  // channels of the tile
+  int left_;  // samples of the task
+  const int64_t channel_stride_;
+  const bool same_;
+  int channels_[2];
   int64_t base_[2];
 };
 
@@ -105,8 +100,8 @@ class AsyncStaging {
   __device__ void copy(int chunk) {
     if (chunk < chunks_) {
       Staged* const to = memory_ + chunk % kStages * 2 * Tiling::kElements;
-      walk_.chunk([&](int i, int o, int64_t offset, bool valid, int64_t) {
-        copy_async(to + o * Tiling::kElements + Share::place(i), data_ + (valid ? offset : 0), valid);
+      walk_.chunk([&](int i, int o, int64_t offset, bool valid) {
+        copy_async<kWidth * sizeof(T)>(to + o * Tiling::kElements + Share::place(i), data_ + (valid ? offset : 0), valid);
       });
     }
     end_batch_of_copies();
@@ -123,14 +118,15 @@ struct alignas(sizeof(T) * kWidth) Neighbours {
   T values[kWidth];
 };
 
-// Through registers: takes the shift off, multiplies by weights.
+// Through registers: takes the shift off, multiplies by weights. Elements whose type is known only now, and weighted
+// ones, are not kept in registers during the products.
 template <class Tiling, typename T, int kWidth>
 class RegisterStaging {
   using Share = Shares<Tiling, kWidth>;
   using Sum = typename Tiling::Kind::Sum;
   static constexpr bool kRaw = std::is_same_v<typename Tiling::Kind::Staged, uint16_t>;
   static constexpr bool kAny = std::is_same_v<T, Any>;
-  static constexpr bool kWeighted = kAny || (std::is_same_v<T, double> && kWidth == 1);
+  static constexpr bool kAtOnce = kAny || (std::is_same_v<T, double> && kWidth == 1);
   using Loaded = std::conditional_t<kAny, Neighbours<float, 1>, Neighbours<T, kWidth>>;
 
  public:
@@ -140,7 +136,7 @@ class RegisterStaging {
       : walk_(x, lattice, task),
         data_(x.data),
         dtype_(x.dtype),
-        weights_(x.weight),
+        weights_(x.weight == nullptr ? nullptr : x.weight + task.begin),
         memory_(memory),
         chunks_(chunks),
         same_(task.same) {}
@@ -149,73 +145,80 @@ class RegisterStaging {
   __device__ void begin(const Sum* offsets, Sum unit) {
     offsets_ = offsets;
     unit_ = unit;
-    load();
-    store(0);
+    load(0);
+    leave(-1);
   }
   __device__ const Staged* arrive(int chunk) {
     __syncthreads();
-    if (chunk + 1 < chunks_) load();
-    return memory_ + chunk % 2 * 2 * Tiling::kElements;
+    load(chunk + 1);
+    return tiles(chunk);
   }
   __device__ void leave(int chunk) {
-    if (chunk + 1 < chunks_) store(chunk + 1);
+    if constexpr (!kAtOnce) {
+      if (chunk + 1 >= chunks_) return;
+#pragma unroll
+      for (int i = 0; i < Share::kLoads; ++i) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          if (o == 0 || !same_) store(chunk + 1, i, o, valid_ >> (2 * i + o) & 1, loaded_[i][o]);
+        }
+      }
+    }
   }
 
  private:
-  __device__ void load() {
+  __device__ Staged* tiles(int chunk) const { return memory_ + chunk % 2 * 2 * Tiling::kElements; }
+
+  __device__ void load(int chunk) {
+    if (chunk >= chunks_) return;
     valid_ = 0;
-    walk_.chunk([&](int i, int o, int64_t offset, bool valid, int64_t sample) {
-      if constexpr (kWeighted) {
-        if (o == 0) weight_[i] = weights_ == nullptr ? 1 : sample < walk_.end() ? weights_[sample] : 0;
-        valid &= weight_[i] != 0;
+    walk_.chunk([&](int i, int o, int64_t offset, bool valid) {
+      Sum weight = 1;
+      if constexpr (kAtOnce) {
+        if (valid && weights_ != nullptr) weight = weights_[chunk * Tiling::kChunk + Share::sample(i)];
+        valid &= weight != 0;
       }
-      if (!valid) return;
-      valid_ |= 1u << (2 * i + o);
-      if constexpr (kAny) {
-        loaded_[i][o] = {static_cast<float>(to_real(element<Any>(data_, dtype_, offset)))};
+      Loaded loaded = {};
+      if (valid) {
+        if constexpr (kAny) {
+          loaded.values[0] = to_real(element<Any>(data_, dtype_, offset));
+        } else {
+          loaded = *reinterpret_cast<const Loaded*>(static_cast<const T*>(data_) + offset);
+        }
+      }
+      if constexpr (kAtOnce) {
+        store(chunk, i, o, valid, loaded, o == 0 ? weight : 1);
       } else {
-        loaded_[i][o] = *reinterpret_cast<const Loaded*>(static_cast<const T*>(data_) + offset);
+        loaded_[i][o] = loaded;
+        valid_ |= static_cast<unsigned>(valid) << (2 * i + o);
       }
     });
   }
 
-  __device__ void store(int chunk) {
-    Staged* const to = memory_ + chunk % 2 * 2 * Tiling::kElements;
+  __device__ void store(int chunk, int i, int o, bool valid, const Loaded& loaded, Sum weight = 1) {
+    Neighbours<Staged, kWidth> staged = {};
 #pragma unroll
-    for (int i = 0; i < Share::kLoads; ++i) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        if (o == 1 && same_) break;
-        Neighbours<Staged, kWidth> staged = {};
-        if (valid_ >> (2 * i + o) & 1) {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            if constexpr (kRaw) {
-              staged.values[j] = loaded_[i][o].values[j].bits;
-            } else {
-              const int channel = Share::channel(i) + (Tiling::kChannelsInside ? j : 0);
-              Sum value = fma(loaded_[i][o].values[j], unit_, -offsets_[o * Tiling::kTile + channel]);
-              if constexpr (kWeighted) value *= o == 0 ? weight_[i] : 1;
-              staged.values[j] = value;
-            }
-          }
-        }
-        *reinterpret_cast<Neighbours<Staged, kWidth>*>(to + o * Tiling::kElements + Share::place(i)) = staged;
+    for (int j = 0; j < kWidth; ++j) {
+      if constexpr (kRaw) {
+        staged.values[j] = loaded.values[j].bits;
+      } else if (valid) {
+        const int channel = Share::channel(i) + (Tiling::kChannelsInside ? j : 0);
+        staged.values[j] = fma(loaded.values[j], unit_, -offsets_[o * Tiling::kTile + channel]) * weight;
       }
     }
+    *reinterpret_cast<Neighbours<Staged, kWidth>*>(tiles(chunk) + o * Tiling::kElements + Share::place(i)) = staged;
   }
 
   Walk<Tiling, kWidth> walk_;
   const void* const data_;
   const Dtype dtype_;
-  const double* const weights_;
+  const double* const weights_;  // of the samples of the task
   Staged* const memory_;
   const int chunks_;
   const bool same_;
   const Sum* offsets_;
   Sum unit_;
-  Loaded loaded_[Share::kLoads][2];
-  Sum weight_[kWeighted ? Share::kLoads : 1];
+  Loaded loaded_[kAtOnce ? 1 : Share::kLoads][2];
   unsigned valid_;
 };
 

@@ -22,32 +22,23 @@ __global__ void __launch_bounds__(1024) add_weights(PairBatch batch) {
   *batch.weight = sum;
 }
 
-// The shift of the first pass, near the mean of every channel: a warp takes a few samples of it. Those as they are need
-// none.
-__global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, bool raw) {
+// The shift of the first pass, near the mean of every channel: a warp takes a few samples of it from all over a lattice.
+// Those as they are need none.
+__global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, int64_t of_lattice, bool raw) {
   if (blockIdx.x == 0 && threadIdx.x == 0) batch.verdicts[0] = batch.verdicts[1] = {};
   const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
   if (channel >= batch.x.channels) return;
   const Samples& x = batch.x;
+  const Lattice& lattice = batch.lattices[of_lattice];
+  constexpr int kSamples = 64;
   double sum = 0, taken = 0;
-  if (!raw) {
-    // Of the lattice with most samples, which is the first of these.
-    int64_t largest = 0;
-    for (int64_t l = 1; l < batch.lattice_count; ++l) {
-      const Lattice &one = batch.lattices[l], &other = batch.lattices[largest];
-      if (one.rows * one.columns > other.rows * other.columns) largest = l;
-    }
-    const Lattice& lattice = batch.lattices[largest];
-    const int64_t pixels = lattice.rows * lattice.columns, samples = x.examples * pixels;
-    const int64_t count = min(samples, int64_t{2 * kWarp});
-    for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) {
-      const int64_t sample = i * (samples / count), pixel = sample % pixels;
-      if (x.weight != nullptr && x.weight[sample] == 0) continue;
-      const int64_t offset = lattice.first + sample / pixels * x.example_stride +
-                             pixel / lattice.columns * x.row_stride + pixel % lattice.columns * x.column_stride;
-      sum += to_real(element<Any>(x.data, x.dtype, offset + channel * x.channel_stride));
-      ++taken;
-    }
+  for (int i = threadIdx.x % kWarp; i < kSamples && !raw; i += kWarp) {
+    const auto part = [&](int64_t size, int odd) { return size * (i * odd % kSamples) / kSamples; };
+    const int64_t example = part(x.examples, 1), row = part(lattice.rows, 37), column = part(lattice.columns, 23);
+    if (x.weight != nullptr && x.weight[(example * lattice.rows + row) * lattice.columns + column] == 0) continue;
+    const int64_t offset = lattice.first + example * x.example_stride + row * x.row_stride + column * x.column_stride;
+    sum += to_real(element<Any>(x.data, x.dtype, offset + channel * x.channel_stride));
+    ++taken;
   }
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     sum += __shfl_xor_sync(kFullWarp, sum, offset);
@@ -64,20 +55,21 @@ __global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch,
   if (pass > 0 && !second_pass(batch.verdicts[0], batch.x.dtype)) return;
   const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
   if (channel >= batch.x.channels) return;
-  const int64_t width = batch.x.width(), group = channel / width, tile = channel % width / batch.tile;
-  const int64_t within = channel % width % batch.tile, products = int64_t{batch.tile} * batch.tile;
+  const unsigned bundle = static_cast<unsigned>(channel) / static_cast<unsigned>(batch.bundle);
+  const unsigned in_bundle = channel - bundle * batch.bundle, side = batch.tile, tile = in_bundle / side;
+  const unsigned within = in_bundle % side;
   const Slot& slot = batch.slot[blockIdx.y];
   double left = 0, right = 0, square = 0;
   for (int64_t e = slot.begin; e < slot.end; ++e) {
     const Lattice& lattice = batch.lattices[batch.entries[e]];
     const int64_t of_left = batch.pair(slot.symmetric, tile, slot.symmetric ? tile : 0);
     for (int64_t piece = threadIdx.x % kWarp; piece < lattice.pieces; piece += kWarp) {
-      const double* const record = batch.record(lattice, piece, group, of_left);
-      left += record[products + within];
+      const double* const record = batch.record(lattice, piece, bundle, of_left);
+      left += record[within];
       if (slot.symmetric) {
-        square += record[within * (batch.tile + 1)];
+        square += batch.product(record, within, within);
       } else {
-        right += batch.record(lattice, piece, group, tile)[products + batch.tile + within];
+        right += batch.record(lattice, piece, bundle, tile)[side + within];
       }
     }
   }

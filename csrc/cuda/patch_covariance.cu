@@ -26,19 +26,21 @@ PairTables tables(const PatchCovarianceArgs& args) {
   for (int64_t l = 0; l < args.lattices; ++l) {
     const PixelPairs& pairs = args.pairs[l];
     tables.lattices.push_back({pairs.top * x.row_stride + pairs.left * x.column_stride,
-                               pairs.down * x.row_stride + pairs.right * x.column_stride, pairs.rows, pairs.columns, 0,
-                               0, pairs.down == 0 && pairs.right == 0});
+                               pairs.down * x.row_stride + pairs.right * x.column_stride, pairs.rows, pairs.columns,
+                               pairs.down == 0 && pairs.right == 0, 0, 0, 0, 0, 0});
   }
-  int64_t begin = 0;
+  int64_t entry = 0;
   for (int64_t s = 0; s < args.slots; ++s) {
-    Slot slot = {begin, args.slot_ends[s], 0, 0};
-    for (int64_t e = begin; e < slot.end; ++e) {
-      const Lattice& lattice = tables.lattices[args.slot_lattices[e]];
-      slot.symmetric = lattice.symmetric;
+    Slot slot = {static_cast<int64_t>(tables.entries.size()), 0, 0, 0};
+    for (; entry < args.slot_ends[s]; ++entry) {
+      const int64_t number = args.slot_lattices[entry];
+      const Lattice& lattice = tables.lattices[number];
+      if (lattice.rows == 0 || lattice.columns == 0) continue;
+      slot.symmetric = lattice.symmetric;  // as all of a slot are
       slot.count += static_cast<double>(x.examples) * lattice.rows * lattice.columns;
-      tables.entries.push_back(args.slot_lattices[e]);
+      tables.entries.push_back(number);
     }
-    begin = slot.end;
+    slot.end = tables.entries.size();
     tables.slots.push_back(slot);
   }
   return tables;

@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -29,10 +30,16 @@ OPTIONS = [
 
 Rows = list[dict[str, Any]]
 
+OWN = ("pcafast", "operator")
+PEAK = "sgemm"
+"""A product of large float32 matrices, which is timed with some operators to see what the processor can do."""
+
 
 class Operator(str, Enum):
     """What there are benchmarks of."""
 
+    covariance = "covariance"
+    patch_covariance = "patch_covariance"
     rank = "rank"
     taylor = "taylor"
     moments = "moments"
@@ -46,7 +53,7 @@ def command(
 ) -> None:
     """Time the operators on the CPU against their peers, in one process; results are checked before they are timed.
 
-    Takes a few minutes, and a clone of the repository, since the benchmarks are not installed.
+    Takes about ten minutes, and a clone of the repository, since the benchmarks are not installed.
     """
     folder = _benchmarks()
     files = [str(folder / f"test_{one.value}.py") for one in operator or Operator]
@@ -56,7 +63,7 @@ def command(
     results = {name: _rows(some) for name, some in _by(measured, "operator").items()}
     for name, rows in results.items():
         console.print(_table(name, rows))
-    for note in run.skipped:
+    for note in dict.fromkeys(run.skipped):
         console.print(f"note: {note}", highlight=False, markup=False)
     made_with = environment()
     console.print(
@@ -142,34 +149,58 @@ def _by(measured: Rows, key: str) -> dict[str, Rows]:
 
 
 def _rows(measured: Rows) -> Rows:
-    """For each input, what it is and the median seconds of every peer."""
-    return [
-        {
-            **some[0]["extra_info"]["inputs"],
-            "seconds": {one["extra_info"]["peer"]: one["stats"]["median"] for one in some},
+    """For each input, what it is, the median seconds of every peer, and which are absent."""
+    rows = []
+    for some in _by(measured, "inputs").values():
+        infos = [one["extra_info"] for one in some]
+        seconds = {info["peer"]: one["stats"]["median"] for info, one in zip(infos, some, strict=True)}
+        optional = {
+            "multiply_adds": {info["peer"]: info["multiply_adds"] for info in infos if "multiply_adds" in info},
+            "absent": infos[0]["absent"],
         }
-        for some in _by(measured, "inputs").values()
-    ]
+        row = {**infos[0]["inputs"], "seconds": seconds}
+        rows.append({**row, **{key: value for key, value in optional.items() if value}})
+    return rows
 
 
 def _table(operator: str, rows: Rows) -> Table:
-    """Times, and behind those of the peers how many times pcafast's they are."""
+    """Times, behind those of the peers how many times pcafast's they are, and the share of the processor's peak."""
     table = Table(title=operator, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    inputs = [key for key in rows[0] if key != "seconds"]
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["seconds"]))
+    inputs = [key for key in rows[0] if key not in ("seconds", "multiply_adds", "absent")]
+    peers = dict.fromkeys(peer for row in rows for peer in (*row["seconds"], *row.get("absent", {})) if peer != PEAK)
     for title in inputs:
         table.add_column(title, no_wrap=True)
     for title in peers:
         table.add_column(title, justify="right", overflow="fold")
+    if "multiply_adds" in rows[0]:
+        table.add_column(f"of {PEAK}", justify="right")
     for row in rows:
         shape, *others = (row[key] for key in inputs)
-        table.add_row("x".join(map(str, shape)), *others, *(_cell(row["seconds"], peer) for peer in peers))
+        share = [f"{_share_of_peak(row):.0%}"] if "multiply_adds" in row else []
+        table.add_row("x".join(map(str, shape)), *map(str, others), *(_cell(row, peer) for peer in peers), *share)
+    fastest = [_fastest_peer(row) / row["seconds"]["pcafast"] for row in rows]
+    table.caption = (
+        f"the fastest of the others takes {statistics.geometric_mean(fastest):.2f} times as long (geometric mean), "
+        f"at least {min(fastest):.2f} times"
+    )
+    table.caption_justify = "left"
     return table
 
 
-def _cell(seconds: dict[str, float], peer: str) -> str:
+def _fastest_peer(row: dict[str, Any]) -> float:
+    return min(time for peer, time in row["seconds"].items() if peer not in (*OWN, PEAK))
+
+
+def _share_of_peak(row: dict[str, Any]) -> float:
+    """How near the necessary multiply-adds per second come to those of a matrix product."""
+    ours, peak = (row["multiply_adds"][peer] / row["seconds"][peer] for peer in ("pcafast", PEAK))
+    return float(ours / peak)
+
+
+def _cell(row: dict[str, Any], peer: str) -> str:
+    seconds = row["seconds"]
     if peer not in seconds:
-        return ""
+        return str(row.get("absent", {}).get(peer, ""))
     time = seconds[peer]
     shown = f"{time * 1e6:.0f} us" if time < 1e-3 else f"{time * 1e3:.1f} ms"
     return shown if peer == "pcafast" else f"{shown} {time / seconds['pcafast']:5.1f}x"

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -135,9 +134,7 @@ def _for_layers(name: str, template: Statistic, layers: Mapping[str, nn.Module])
     for layer, module in layers.items():
         if not template.fits(module):
             continue
-        settings: dict[str, Any] = {"channel_dim": channel_dim(module, template.channel_dim)}
-        if hasattr(template, "groups"):
-            settings["groups"] = getattr(module, "groups", template.groups)
+        settings = {"channel_dim": channel_dim(module, template.channel_dim), **template.settings_for(module)}
         statistics[layer] = dataclasses.replace(template, **settings)
         statistics[layer].layer = layer
     if not statistics:

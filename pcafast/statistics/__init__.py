@@ -3,6 +3,7 @@
 from pcafast.statistics.channel_moments import ChannelMoments, Moments
 from pcafast.statistics.covariance import Covariance, GradientCovariance
 from pcafast.statistics.feature_map_rank import FeatureMapRank
+from pcafast.statistics.patch_covariance import PatchCovariance
 from pcafast.statistics.statistic import NonFiniteError, Statistic
 from pcafast.statistics.storage import load_statistics, save_statistics
 from pcafast.statistics.taylor import Taylor
@@ -14,6 +15,7 @@ __all__ = [
     "GradientCovariance",
     "Moments",
     "NonFiniteError",
+    "PatchCovariance",
     "Statistic",
     "Taylor",
     "load_statistics",

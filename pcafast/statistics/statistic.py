@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pcafast.errors import ArgumentError, PcafastError
+from pcafast.memory import require_memory
 
 Tap = Literal["layer", "norm", "activation"]
 Side = Literal["output", "input"]
@@ -82,6 +83,12 @@ class Statistic(ABC):
     def fits(cls, layer: nn.Module) -> bool:
         """Whether the output of such a layer has this statistic."""
         return True
+
+    @classmethod
+    def settings_for(cls, layer: nn.Module) -> dict[str, Any]:
+        """The settings that such a layer asks for."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return {"groups": layer.groups} if "groups" in fields and hasattr(layer, "groups") else {}
 
     @abstractmethod
     def compute(self) -> Any:
@@ -171,6 +178,8 @@ class Statistic(ABC):
     def _ready(self, device: torch.device, sizes: Sizes) -> dict[str, Tensor]:
         """The state, made on the first batch and checked against the sizes of every later one."""
         if self.is_empty:
+            shapes = [tuple(sizes[size] for size in declared.shape) for declared in self.states.values()]
+            require_memory(f"{type(self).__name__} of layer {self.layer!r}", shapes, device)
             self._state = _resized({}, self.states, sizes, device)
         elif sizes != self._sizes() or self._state["skipped"].device != device:
             common = self._common_sizes([self._sizes(), sizes])

@@ -1,4 +1,5 @@
 // Small kernels, right and wrong, that show what the host header notices.
+#include "cuda/matrix.h"
 #include "entry.h"
 
 namespace {
@@ -120,6 +121,23 @@ void barrier_or_shuffle(float* out) {
   }
 }
 
+struct alignas(16) Four {
+  float values[4];
+};
+
+// Copies that a thread itself made are there after the wait, if they are of a batch that it waits for.
+template <int kLeft>
+void copy_ahead(float* out) {
+  static const Four source = {{1, 2, 3, 4}};
+  Four* const memory = dynamic_shared<Four>();
+  for (int batch = 0; batch < 2; ++batch) {
+    pcafast::cuda::copy_async<16>(memory + 2 * threadIdx.x + batch, &source, threadIdx.x != 5);
+    pcafast::cuda::end_batch_of_copies();
+  }
+  pcafast::cuda::wait_for_copies<kLeft>();
+  out[blockIdx.x * kThreads + threadIdx.x] = memory[2 * threadIdx.x + 1].values[3];
+}
+
 struct Named {
   const char* name;
   Kernel kernel;
@@ -140,6 +158,8 @@ constexpr Named kKernels[] = {
     {"two_barriers", two_barriers},
     {"lane_skips_shuffle", lane_skips_shuffle},
     {"barrier_or_shuffle", barrier_or_shuffle},
+    {"copy_and_wait", copy_ahead<0>},
+    {"copy_and_wait_for_one", copy_ahead<1>},
 };
 
 // Writes the linear index of every thread of the grid where its coordinates say, and counts the threads.
@@ -150,9 +170,60 @@ void number_threads(int* out, int* count) {
   out[(z * height + y) * width + x] = atomicAdd(count, 1);
 }
 
+// One warp: the product of a (16, kDepth) and an (8, kDepth) matrix, fragments taken as the PTX manual says.
+template <typename T, int kDepth>
+void multiply_matrices(const float* left, const float* right, float* out) {
+  constexpr int kEach = kDepth / 8;  // elements of a register
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto bits = [](float x) {
+    uint32_t all;
+    std::memcpy(&all, &x, sizeof all);
+    return all;
+  };
+  const auto registers = [&](const float* row, int k) {
+    if constexpr (kEach == 1) {
+      return bits(row[k + t]);
+    } else {  // a float that a bfloat16 holds
+      return bits(row[k + 2 * t]) >> 16 | (bits(row[k + 2 * t + 1]) & 0xffff0000u);
+    }
+  };
+  const float *low = left + g * kDepth, *high = left + (g + 8) * kDepth, *column = right + g * kDepth;
+  constexpr int kHalf = kDepth / 2;
+  const uint32_t a[4] = {registers(low, 0), registers(high, 0), registers(low, kHalf), registers(high, kHalf)};
+  const uint32_t b[2] = {registers(column, 0), registers(column, kHalf)};
+  float sums[4] = {100, 100, 100, 100};
+  pcafast::cuda::multiply_add(sums, a, b, T{});
+  for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// One warp: rows of four 8 x 8 matrices of 16 bits, one after another, to the registers of every lane.
+template <bool kTransposed>
+void load_four(const uint16_t* matrices, uint32_t* out) {
+  uint32_t loaded[4];
+  pcafast::cuda::load_matrices<kTransposed>(loaded, matrices + 8 * threadIdx.x);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = loaded[i];
+}
+
 }  // namespace
 
 extern "C" {
+
+const char* run_multiply_matrices(int depth, const float* left, const float* right, float* out) {
+  return error_of([&] {
+    const auto kernel =
+        depth == 8 ? multiply_matrices<float, 8> : multiply_matrices<pcafast::cuda::BFloat16, 16>;
+    pcafast::cuda::launch(kernel, dim3(1), dim3(kWarp), 0, nullptr, left, right, out);
+  });
+}
+
+const char* run_load_four(bool transposed, const uint16_t* matrices, uint32_t* out) {
+  return error_of([&] {
+    const auto kernel = transposed ? load_four<true> : load_four<false>;
+    pcafast::cuda::launch(kernel, dim3(1), dim3(kWarp), 0, nullptr, matrices, out);
+  });
+}
+
+uint32_t round_to_tf32(float x) { return pcafast::cuda::round_to_tf32(x); }
 
 const char* run_kernel(const char* name, unsigned blocks, size_t shared_bytes, float* out) {
   return error_of([&] {

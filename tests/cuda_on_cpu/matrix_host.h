@@ -9,21 +9,22 @@
 
 namespace device_host {
 
-struct Brought {
-  float left[8], right[4];  // fragments, element by element
-  const void* row;
+struct Exchange {
+  float left[16][16], right[8][16];  // by row and column of the factors, each with the summed index last
+  const void* rows[kWarp];
 };
-inline Brought brought[2][kMaxThreads];
-inline bool side[kMaxThreads];  // which a thread uses next
+inline Exchange exchanges[kMaxThreads / kWarp][2];
+inline bool sides[kMaxThreads];  // which a thread uses next
 
-// What all lanes of the warp bring to this place; valid until the next exchange.
-inline const Brought* exchange(const Brought& own, Place place) {
-  const size_t thread = current;
-  const bool used = side[thread];
-  side[thread] = !used;
-  brought[used][thread] = own;
+// The lane gives with bring(exchange) what it has; the result is what all lanes of the warp gave, valid until the next
+// exchange.
+template <typename Bring>
+const Exchange& exchange(Bring bring, Place place) {
+  Exchange& own = exchanges[current / kWarp][sides[current]];
+  sides[current] = !sides[current];
+  bring(own);
   meet({place, false, ~0u});
-  return brought[used] + thread / kWarp * kWarp;
+  return own;
 }
 
 inline float toward_zero(double x) {
@@ -32,33 +33,20 @@ inline float toward_zero(double x) {
   return std::isinf(nearest) && std::isinf(x) ? nearest : std::nextafter(nearest, 0.0f);
 }
 
+// Element i of a fragment of T, two to a register or one.
 template <typename T, size_t kRegisters>
-void take_apart(const uint32_t (&registers)[kRegisters], float* elements) {
-  for (const uint32_t bits : registers) {
-    if constexpr (std::is_same_v<T, float>) {
-      *elements++ = __uint_as_float(bits & ~0x1fffu);
-    } else {
-      *elements++ = pcafast::cuda::to_real(T{static_cast<uint16_t>(bits)});
-      *elements++ = pcafast::cuda::to_real(T{static_cast<uint16_t>(bits >> 16)});
-    }
+float element_of(const uint32_t (&registers)[kRegisters], int i) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(registers[i] & ~0x1fffu);
+  } else {
+    return pcafast::cuda::to_real(T{static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16))});
   }
-}
-
-// Which lane has element (r, k), r that of a row of the left factor or of a column of the right one, and where.
-template <typename T>
-int lane_of(int r, int k) {
-  return r % 8 * 4 + (std::is_same_v<T, float> ? k % 4 : k % 8 / 2);
-}
-template <typename T>
-int place_of(int r, int k, int rows) {  // rows: 16 of the left factor, 8 of the right one
-  constexpr bool kPairs = !std::is_same_v<T, float>;
-  const int half = kPairs ? k / 8 : k / 4, reg = rows / 8 * half + r / 8;
-  return kPairs ? 2 * reg + k % 2 : reg;
 }
 
 struct Copy {
   void* shared;
   const void* global;
+  size_t bytes;
   bool valid;
 };
 struct Copies {
@@ -76,8 +64,8 @@ inline Copies& copies() {
 }
 
 // As the sanitizer would say it, because nothing can be thrown out of a thread.
-inline void check_alignment(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) std::fputs("runtime error: misaligned address\n", stderr);
+inline void check_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) std::fputs("runtime error: misaligned address\n", stderr);
 }
 
 }  // namespace device_host
@@ -87,18 +75,24 @@ namespace pcafast::cuda {
 template <typename T>
 void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2], T,
                   device_host::Place place = device_host::Place::here()) {
-  device_host::Brought own = {};
-  device_host::take_apart<T>(left, own.left);
-  device_host::take_apart<T>(right, own.right);
-  const device_host::Brought* const lanes = device_host::exchange(own, place);
-  const int lane = device_host::lane(), depth = std::is_same_v<T, float> ? 8 : 16;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = sums[i];
-    for (int k = 0; k < depth; ++k) {
-      sum += double{lanes[device_host::lane_of<T>(row, k)].left[device_host::place_of<T>(row, k, 16)]} *
-             lanes[device_host::lane_of<T>(column, k)].right[device_host::place_of<T>(column, k, 8)];
+  constexpr bool kPairs = !std::is_same_v<T, float>;
+  constexpr int kDepth = kPairs ? 16 : 8, kEach = kPairs ? 2 : 1;  // elements of a register
+  const int lane = device_host::lane(), g = lane / 4, t = lane % 4;
+  const auto bring = [&](device_host::Exchange& own) {
+    for (int i = 0; i < kEach; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const int k = kEach * t + i + half * kDepth / 2;
+        own.left[g][k] = device_host::element_of<T>(left, 2 * half * kEach + i);
+        own.left[g + 8][k] = device_host::element_of<T>(left, (2 * half + 1) * kEach + i);
+        own.right[g][k] = device_host::element_of<T>(right, half * kEach + i);
+      }
     }
+  };
+  const device_host::Exchange& all = device_host::exchange(bring, place);
+  for (int i = 0; i < 4; ++i) {
+    const float *row = all.left[g + i / 2 * 8], *column = all.right[2 * t + i % 2];
+    double sum = sums[i];
+    for (int k = 0; k < kDepth; ++k) sum += double{row[k]} * column[k];
     sums[i] = device_host::toward_zero(sum);
   }
 }
@@ -112,24 +106,22 @@ inline uint32_t round_to_tf32(float x) {
 
 template <bool kTransposed>
 void load_matrices(uint32_t (&matrices)[4], const void* row, device_host::Place place = device_host::Place::here()) {
-  device_host::check_alignment(row);
-  device_host::Brought own = {};
-  own.row = row;
-  const device_host::Brought* const lanes = device_host::exchange(own, place);
+  device_host::check_alignment(row, 16);
   const int lane = device_host::lane(), g = lane / 4, t = lane % 4;
+  const device_host::Exchange& all =
+      device_host::exchange([&](device_host::Exchange& own) { own.rows[lane] = row; }, place);
   for (int i = 0; i < 4; ++i) {
-    const auto at = [&](int r, int c) -> uint32_t {
-      return static_cast<const uint16_t*>(lanes[i * 8 + r].row)[c];
-    };
+    const auto at = [&](int r, int c) -> uint32_t { return static_cast<const uint16_t*>(all.rows[i * 8 + r])[c]; };
     matrices[i] = kTransposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
   }
 }
 
 // A copy is not there before it is waited for.
-inline void copy_async(void* shared, const void* global, bool valid) {
-  device_host::check_alignment(shared);
-  if (valid) device_host::check_alignment(global);
-  device_host::copies().open.push_back({shared, global, valid});
+template <size_t kBytes>
+void copy_async(void* shared, const void* global, bool valid) {
+  device_host::check_alignment(shared, kBytes);
+  if (valid) device_host::check_alignment(global, kBytes);
+  device_host::copies().open.push_back({shared, global, kBytes, valid});
 }
 inline void end_batch_of_copies() {
   device_host::Copies& own = device_host::copies();
@@ -142,9 +134,9 @@ void wait_for_copies() {
   for (; own.batches.size() > kLeft; own.batches.pop_front()) {
     for (const device_host::Copy& copy : own.batches.front()) {
       if (copy.valid) {
-        std::memcpy(copy.shared, copy.global, 16);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
       } else {
-        std::memset(copy.shared, 0, 16);
+        std::memset(copy.shared, 0, copy.bytes);
       }
     }
   }
