@@ -1,7 +1,7 @@
 """How much memory each side needs to take in a batch, beside the batch, in a process of its own.
 
-A side is first used on a small batch, so that the libraries it calls are there; then its state and the batch are made, and
-what one update adds to the resident memory is measured.
+A side is first used on a small batch, so that the libraries it calls are there; then its state and the batch are made,
+and what one update adds to the resident memory is measured.
 
     python benchmarks/memory.py
 """

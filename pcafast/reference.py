@@ -127,7 +127,7 @@ def patch_covariance_update_(
         """Samples (N * height * width, C * T)."""
         down, across = steps[0] * torch.arange(height), steps[1] * torch.arange(width)
         shifted = [maps[:, :, top + i + down][:, :, :, left + j + across] for i, j in taps.tolist()]
-        return torch.stack(shifted, 2).permute(0, 3, 4, 1, 2).reshape(-1, x.shape[1] * len(taps))
+        return torch.stack(shifted, 2).permute(0, 3, 4, 1, 2).flatten(0, 2).flatten(1)
 
     ends = slot_ends.tolist()
     batches = []
@@ -143,7 +143,8 @@ def patch_covariance_update_(
     delta = [mean - old for mean, old in zip(means, (left, right), strict=True)]
 
     def by_group(values: Tensor) -> Tensor:
-        return values.unflatten(-1, (groups, -1)).movedim(-2, 0)
+        blocks: Tensor = values.unflatten(-1, (groups, -1))
+        return blocks.movedim(-2, 0)
 
     products = torch.stack(
         [by_group(a - mean_a).mT @ by_group(b - mean_b) for (a, b), mean_a, mean_b in zip(batches, *means, strict=True)]

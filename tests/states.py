@@ -14,6 +14,12 @@ def covariance_state(channels, groups=1, device="cpu"):
     return zeros(device, (), (channels,), (groups, width, width))
 
 
+def patch_state(layout, channels, groups=1, device="cpu"):
+    slots, entries = len(layout.slot_ends), channels * len(layout.taps)
+    square = (entries // groups, entries // groups)
+    return zeros(device, (), (slots,), (slots, entries), (slots, entries), (slots, groups, *square))
+
+
 def taylor_state(channels, device="cpu"):
     return zeros(device, (), (), (4, channels))
 

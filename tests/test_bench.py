@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torchvision import models
 
 import pcafast
 from pcafast.cli import bench, main
@@ -19,7 +20,8 @@ from pcafast.models import build
 
 REPOSITORY = Path(__file__).parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
-OPERATORS = ("rank", "taylor", "moments")
+OPERATORS = ("covariance", "patch_covariance", "rank", "taylor", "moments")
+SECTIONS = ("kernels", "roofline", "graphs", "covariance", "patch_covariance", "rank", "taylor", "moments", "hrank")
 
 
 @pytest.fixture
@@ -46,9 +48,15 @@ def test_bench_times_all_operators_and_peers(tmp_path):
     written = json.loads((tmp_path / "times.json").read_text())
     assert written["command"].startswith("pcafast bench --tiny")
     assert written["environment"]["threads"] == 2
-    assert list(written["results"]) == list(OPERATORS)
-    peers = {operator: list(rows[0]["seconds"]) for operator, rows in written["results"].items()}
+    assert [operator.replace(" ", "_") for operator in written["results"]] == list(OPERATORS)
+    packages = {"curvlinops", "kfac-pytorch"}
+    peers = {
+        operator: [peer for peer in rows[0]["seconds"] if peer not in packages]
+        for operator, rows in written["results"].items()
+    }
     assert peers == {
+        "covariance": ["pcafast", "permute, matmul", "bmm, sum", "addmm per image", "einsum", "sgemm"],
+        "patch covariance": ["pcafast", "unfold, matmul", "unfold, ssyrk", "sgemm"],
         "rank": ["pcafast", "batched", "one by one"],
         "taylor": ["pcafast", "operator", "expression", "torch.compile"],
         "moments": ["pcafast", "expression"],
@@ -58,6 +66,23 @@ def test_bench_times_all_operators_and_peers(tmp_path):
     assert all(0 < seconds < 1 for seconds in row["seconds"].values())
     assert f"{row['seconds']['batched'] / row['seconds']['pcafast']:5.1f}x" in done.stdout
     assert torch.__version__ in done.stdout
+    assert written["results"]["covariance"][0]["multiply_adds"] == {"pcafast": 24**2 / 2 * 2 * 7 * 7, "sgemm": 2048**3}
+    row = written["results"]["patch covariance"][0]
+    assert packages == {*row.get("absent", {}), *row["seconds"]} & packages
+
+
+def test_the_table_says_what_is_absent_how_near_the_peak_and_how_far_the_others_are():
+    row = {"shape": [2, 3], "network": "A", "multiply_adds": {"pcafast": 30.0, "sgemm": 100.0}}
+    rows = [
+        {**row, "seconds": {"pcafast": 1.0, "x": 4.0, "y": 3.0, "sgemm": 2.0}, "absent": {"z": "not installed"}},
+        {**row, "seconds": {"pcafast": 2.0, "x": 24.0, "y": 25.0, "sgemm": 2.0}, "absent": {"z": "not installed"}},
+    ]
+    table = bench._table("covariance", rows)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["z"] == ["not installed"] * 2
+    assert cells["of sgemm"] == ["60%", "30%"]
+    assert "sgemm" not in cells
+    assert "takes 6.00 times as long (geometric mean), at least 3.00 times" in table.caption
 
 
 FAKE = """
@@ -180,6 +205,79 @@ def test_wrong_moments_are_noticed(which, module):
         moments_case.check(x, state)
 
 
+def test_wrong_covariances_are_noticed(module):
+    covariance_case, cases = module("covariance_case"), module("cases")
+    x = covariance_case.outputs((3, 8, 5, 5), "float32", "channels last")
+    sides = covariance_case.checked_sides(x, covariance_case.ON_GPU)
+    exact = torch.cov(x.double().transpose(0, 1).flatten(1), correction=0)
+    sides["pcafast"].state[2].mul_(1 + 2e-6)
+    sides["einsum"].state[0].mul_(1.001)
+    for name in ("pcafast", "einsum"):
+        with pytest.raises(AssertionError, match=f"{name} is off by"):
+            cases.check_covariance(name, sides[name], exact, x.dtype)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_wrong_patch_covariances_are_noticed(stride, module):
+    patch_case, cases = module("patch_covariance_case"), module("cases")
+    x = patch_case.inputs((3, 40, 7, 7), "float32", "channels first")
+    makers = {name: make for name, make in patch_case.sides(x, stride).items() if name not in patch_case.absent()}
+    sides = patch_case.checked_sides(x, stride, makers)
+    patches = torch.nn.functional.unfold(x.double(), 3, padding=1, stride=stride).transpose(0, 1).flatten(1)
+    exact = patch_case.exact_covariance(x, stride, centred=True)
+    torch.testing.assert_close(exact, torch.cov(patches, correction=0))
+    second = patches @ patches.T / patches.shape[1]
+    torch.testing.assert_close(patch_case.exact_covariance(x, stride, centred=False), second)
+    sides["pcafast"].state[4][0].mul_(1 + 1e-4)
+    with pytest.raises(AssertionError, match="pcafast is off by"):
+        cases.check_covariance("pcafast", sides["pcafast"], exact, x.dtype)
+
+
+def test_multiply_adds_are_those_of_pairs_of_pixels(module):
+    """For a 3x3 kernel of 25 offsets: each and its opposite once, and half of the offset 0."""
+    patch_case = module("patch_covariance_case")
+    pairs = sum((20 - abs(down)) * (10 - abs(right)) for down in range(-2, 3) for right in range(-2, 3)) / 2
+    # What padding covers on one side alone belongs to no patch.
+    found = patch_case.multiply_adds(torch.empty(3, 64, 20, 10), 1)
+    assert found == 3 * 64**2 * pairs
+
+
+def layers(network, side):
+    """The distinct shapes of convolutions' outputs, or of 3x3 convolutions' inputs, by a pass without numbers."""
+    model = build("resnet56") if network == "ResNet-56" else getattr(models, network.lower().replace("-", ""))()
+    shapes = set()
+
+    def see(module, inputs, output):
+        if side == "output":
+            shapes.add(tuple(output.shape[1:]))
+        elif module.kernel_size == (3, 3):
+            assert module.padding == (1, 1)
+            shapes.add((*inputs[0].shape[1:], module.stride[0]))
+
+    for convolution in (one for one in model.modules() if isinstance(one, torch.nn.Conv2d)):
+        convolution.register_forward_hook(see)
+    size = 32 if network == "ResNet-56" else 224
+    model.eval().to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    return shapes
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_the_layers_timed_are_those_of_the_networks(side, module):
+    networks = module("networks")
+    for network, shapes in (networks.OUTPUTS if side == "output" else networks.INPUTS).items():
+        assert len(shapes) == len(set(shapes))
+        assert set(shapes) == layers(network, side)
+
+
+def test_memory_of_patch_covariance_does_not_grow_with_the_batch(module):
+    """A few MB beside the state, where unfolding takes more than the patches, 29 MB here."""
+    measured, shape = module("memory").measured, (8, 32, 56, 56)
+    ours, theirs = (measured("patch covariance", shape, side, 1) for side in ("pcafast", "unfold, matmul"))
+    assert ours["state"] == pytest.approx(8 * 29 * 32**2, rel=0.1)
+    assert 0 <= ours["extra"] < 4e6
+    assert theirs["extra"] > 8 * 9 * 32 * 56 * 56 * 4
+
+
 def test_disagreement_with_hrank_is_counted(module):
     hrank = module("hrank")
     torch.manual_seed(0)
@@ -197,19 +295,22 @@ def test_disagreement_with_hrank_is_counted(module):
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
 
-@pytest.mark.parametrize("section", ["kernels", "roofline", "graphs", "rank", "taylor", "moments", "hrank"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_sections_of_the_gpu_run(section, module, monkeypatch):
     """On the CPU with tiny inputs, so that they have run before there is a GPU."""
     monkeypatch.setattr(module("gpu_timings"), "STEPS", 4)
     sections = module("gpu_sections").SECTIONS
-    assert tuple(sections) == module("gpu").MEASURED
+    assert tuple(sections) == module("gpu").MEASURED == SECTIONS
     found = sections[section]("cpu", True)
     json.dumps(found)
     if section == "rank":
         assert [row["side"] for row in found] == [8, 16, 32, 56, 112, 224]
         assert all(row["pcafast"]["microseconds_per_map"] > 0 for row in found)
-    if section in ("taylor", "moments"):
+    if section in ("taylor", "moments", "covariance", "patch_covariance"):
         assert len({(row["dtype"], row["layout"]) for row in found}) == 4
+    if section in ("covariance", "patch_covariance"):
+        assert all(row["share_of_roofline"] > 0 for row in found)
+        assert len(found[0]["milliseconds"]) == {"covariance": 6, "patch_covariance": 2}[section]
     if section == "hrank":
         assert (found["places"], found["pcafast_wrong"]) == (3, 0)
 
@@ -237,4 +338,4 @@ def test_the_gpu_run_needs_only_torch(tmp_path):
     done = run("-c", without + start, *options)
     assert done.returncode == 0, done.stderr
     assert "only the operators can be used" in done.stdout
-    assert len(json.loads((tmp_path / "found.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 5

@@ -14,6 +14,7 @@ from pcafast.files import write_atomically
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = [80, 90]
+WITHOUT_KERNELS = {"covariance.cu", "patch_covariance.cu"}  # they plan what pair_products.cu launches
 REPORT = ROOT / "build" / "cuda_resources.txt"
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="there is no CUDA compiler: neither nvcc on PATH nor CUDA_HOME")
@@ -100,7 +101,7 @@ def test_no_warning_no_spill_no_stack(
 ) -> None:
     result = compiled[source, architecture]
     assert result.returncode == 0, result.printed
-    assert result.kernels
+    assert bool(result.kernels) == (source.name not in WITHOUT_KERNELS)
     assert [row for row in result.kernels if row.stack or row.spill_stores or row.spill_loads] == []
 
 

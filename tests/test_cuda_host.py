@@ -145,7 +145,13 @@ def test_loads_of_matrices(kernels: Kernels, transposed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("x", "rounded"),
-    [(1 + 2.0**-11, 1 + 2.0**-10), (-1 - 2.0**-11, -1 - 2.0**-10), (1 + 2.0**-12, 1.0), (2 - 2.0**-23, 2.0), (0.0, 0.0)],
+    [
+        (1 + 2.0**-11, 1 + 2.0**-10),
+        (-1 - 2.0**-11, -1 - 2.0**-10),
+        (1 + 2.0**-12, 1.0),
+        (2 - 2.0**-23, 2.0),
+        (0.0, 0.0),
+    ],
 )
 def test_rounding_to_tf32(kernels: Kernels, x: float, rounded: float) -> None:
     function = kernels.library.round_to_tf32

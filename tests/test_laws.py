@@ -13,16 +13,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pcafast
-from pcafast import ChannelMoments, Covariance, FeatureMapRank, GradientCovariance, Taylor
+from pcafast import ChannelMoments, Covariance, FeatureMapRank, GradientCovariance, PatchCovariance, Taylor
 
 STATISTICS = {
     "covariance": Covariance,
     "input": lambda: Covariance(side="input"),
+    "patches": PatchCovariance,
     "gradient": GradientCovariance,
     "taylor": Taylor,
     "rank": FeatureMapRank,
     "moments": ChannelMoments,
 }
+KINDS = [Covariance, PatchCovariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments]
 
 
 def network(seed=0):
@@ -210,8 +212,14 @@ def test_law_4_memory_of_a_training_step(block, tap):
 
     step()
     plain = peak_memory(step)
-    statistics = {"covariance": Covariance(tap=tap), "taylor": Taylor(tap=tap), "rank": FeatureMapRank()}
+    statistics = {
+        "covariance": Covariance(tap=tap),
+        "patches": PatchCovariance(),
+        "taylor": Taylor(tap=tap),
+        "rank": FeatureMapRank(),
+    }
     with pcafast.collect(model, **statistics) as stats:
+        step()  # makes the states
         watched = peak_memory(step)
     assert all(not statistic.is_empty for layers in stats.values() for statistic in layers.values())
     assert watched <= 1.02 * plain, f"{watched:,} against {plain:,} bytes"
@@ -366,7 +374,7 @@ def test_law_6_a_batch_with_nan_is_left_out_counted_and_named(data):
     with pytest.warns(pcafast.PcafastWarning, match=r"covariance: NaN or infinities were left out.*0 \(1\), 3 \(1\)"):
         found = collected(*poisoned(data), [12, 12])
     kept = collected(data[0][:12], data[1][:12], [12])
-    for name in ("covariance", "taylor", "moments"):
+    for name in ("covariance", "patches", "taylor", "moments"):
         assert {layer: one.skipped for layer, one in found[name].items()} == {"0": 1, "3": 1, "6": 1}
         for layer, one in found[name].items():
             for state, value in one.state_dict().items():
@@ -376,7 +384,7 @@ def test_law_6_a_batch_with_nan_is_left_out_counted_and_named(data):
     assert found["rank"]["0"].distribution().sum() == 8 * 23
 
 
-@pytest.mark.parametrize("make", [Covariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments])
+@pytest.mark.parametrize("make", KINDS)
 def test_law_6_nonfinite_raise_starts_anew_after_reset_and_load(make, data):
     images, labels = poisoned(data)
 
@@ -396,7 +404,7 @@ def test_law_6_nonfinite_raise_starts_anew_after_reset_and_load(make, data):
         run(images, make(nonfinite="raise"))
 
 
-@pytest.mark.parametrize("make", [Covariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments])
+@pytest.mark.parametrize("make", KINDS)
 def test_law_6_nonfinite_raise(make, data):
     model = network()
     images, labels = poisoned(data)

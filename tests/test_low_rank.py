@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from patch_truth import columns
 from torch import nn
 from torch.nn.utils import prune
 
@@ -94,6 +95,49 @@ def test_factors_keep_the_geometry_and_save_weights(kind):
         assert set(second.kernel_size) == set(second.stride) == {1}
         assert second.groups == layer.groups
     assert first.weight.numel() + second.weight.numel() < layer.weight.numel()
+
+
+PATCH_KINDS = [kind for kind in LAYERS if kind.split(" ")[0] not in ("linear", "conv1d", "conv3d")]
+
+
+@pytest.mark.parametrize("kind", PATCH_KINDS)
+def test_input_side_projects_the_patches(kind):
+    model, x = _model_and_input(kind)
+    with torch.no_grad(), pcafast.collect(model, patches=pcafast.PatchCovariance()) as stats:
+        expected_shape = model(x).shape
+    plan = plan_low_rank(model, stats["patches"], side="input", ratio=0.1)
+    (action,) = plan.actions
+    layer = model[0]
+    padding = layer.padding if layer.padding != "same" else (1, 1)
+    cut = columns(
+        x, layer.kernel_size, layer.stride, [(size, size) for size in padding], layer.dilation, layer.padding_mode
+    )
+    projected = _projected(cut, action.rank, layer.groups, 0).unflatten(0, (layer.groups, -1))
+    weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
+    outputs = (weight @ projected).flatten(0, 1)
+    if layer.bias is not None:
+        outputs = outputs + layer.bias.detach()[:, None]
+    expected = outputs.unflatten(1, (len(x), -1)).movedim(0, 1).reshape(expected_shape)
+    found = plan.apply(model)(x).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert isinstance(plan.apply(model)[0], nn.Sequential)
+
+
+def test_patches_of_another_layer_are_refused():
+    model, x = _model_and_input("conv")
+    with torch.no_grad(), pcafast.collect(model, patches=pcafast.PatchCovariance()) as stats:
+        model(x)
+    model[0].padding = (1, 1)
+    with pytest.raises(ArgumentError, match="the patches of layer '0' are cut otherwise"):
+        plan_low_rank(model, stats["patches"], ratio=0.5)
+
+
+def test_a_side_that_the_statistics_are_not_of_is_refused():
+    model, x = _model_and_input("conv")
+    with pytest.raises(ArgumentError, match=r"side: .* layer '0' is of its output. Collect PatchCovariance\(\)"):
+        plan_low_rank(model, _covariance(model, x), side="input", ratio=0.5)
+    with pytest.raises(ArgumentError, match="side: expected 'output' or 'input', got 'both'"):
+        plan_low_rank(model, _covariance(model, x), side="both", ratio=0.5)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from states import as_laid_out, covariance_state, moments_state, taylor_state
+from states import as_laid_out, covariance_state, moments_state, patch_state, taylor_state
 
 from pcafast import native, reference
+from pcafast.patches import Patches
 
 OPS = torch.ops.pcafast
 
@@ -173,8 +174,10 @@ def test_the_same_batches_give_the_same_bits(threads):
 def test_registration(device):
     x, gradient = torch.randn(2, 2, 6, 5, 4, device=device)
     weight = torch.rand(2, 5, 4, device=device)
+    layout = Patches.of(3, padding=1).layout(x, 2)
     for operator, arguments in (
         (OPS.covariance_update_, (x, 1, 2, 1.0, weight, *covariance_state(6, 2, device))),
+        (OPS.patch_covariance_update_, (x, *layout[:8], 2, *patch_state(layout, 6, 2, device))),
         (OPS.taylor_update_, (x, gradient, 1, 2.0, *taylor_state(6, device))),
         (OPS.channel_moments_update_, (x, 1, *moments_state(6, device))),
         (OPS.feature_map_rank, (x, 1e-6, 0.0)),

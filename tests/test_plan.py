@@ -237,7 +237,7 @@ EYE = torch.eye(4)
     [
         (LINEAR, {}, {"ratio": 0.5}, "statistics: expected the covariance of at least one layer"),
         (LINEAR, {"fc": _Given()}, {"ratio": 0.5}, "statistics: 'fc' is not a layer of the model, which has 0"),
-        (LINEAR, {"0": pcafast.Taylor()}, {"ratio": 0.5}, "expected the Covariance of layer '0', got a Taylor"),
+        (LINEAR, {"0": pcafast.Taylor()}, {"ratio": 0.5}, "expected the Covariance or PatchCovariance of layer '0', got a Taylor"),
         (LINEAR, {"0": _Given(tap="norm")}, {"ratio": 0.5}, "right at layer '0'.* after its norm"),
         (
             LINEAR,
@@ -255,7 +255,7 @@ EYE = torch.eye(4)
             nn.Sequential(nn.Conv2d(4, 4, 3)),
             {"0": _Given(side="input", mean=torch.zeros(4), covariance=EYE)},
             {"ratio": 0.5},
-            "input side of layer '0'.* that of patches is needed",
+            "input side of layer '0'.* Collect PatchCovariance",
         ),
         (
             LINEAR,

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import pcafast
-from pcafast import ChannelMoments, Covariance, FeatureMapRank, Taylor
+from pcafast import ChannelMoments, Covariance, FeatureMapRank, PatchCovariance, Taylor
 from pcafast.files import write_atomically
 
 
@@ -19,13 +19,15 @@ def statistics():
     covariance.update(x)
     taylor.update(x, x)
     rank.update(x)
-    return {"a": {"layer.1": covariance, "b/c": taylor}, "a/b": {"c": rank, "": empty}}
+    patches = PatchCovariance(kernel_size=(3, 2), padding=((1, 0), (2, 1)), stride=2, padding_mode="circular")
+    patches.update(x)
+    return {"a": {"layer.1": covariance, "b/c": taylor}, "a/b": {"c": rank, "": empty, "p": patches}}
 
 
 def test_round_trip(statistics, tmp_path):
     pcafast.save_statistics(statistics, tmp_path / "new" / "s.safetensors")
     loaded = pcafast.load_statistics(tmp_path / "new" / "s.safetensors")
-    assert {name: list(layers) for name, layers in loaded.items()} == {"a": ["layer.1", "b/c"], "a/b": ["c", ""]}
+    assert {name: list(layers) for name, layers in loaded.items()} == {"a": ["layer.1", "b/c"], "a/b": ["c", "", "p"]}
     for name, layers in statistics.items():
         for layer, one in layers.items():
             other = loaded[name][layer]

@@ -21,8 +21,7 @@ PairTables tables(const CovarianceArgs& args) {
 int64_t covariance_workspace(const CovarianceArgs& args) { return pair_workspace(samples(args), tables(args)); }
 
 void covariance_update(const CovarianceArgs& args, cudaStream_t stream) {
-  const PairState state = {args.scale,   args.count,   args.mean, nullptr, args.comoment,
-                           args.skipped, nullptr,      0};
+  const PairState state = {args.scale, args.count, args.mean, nullptr, args.comoment, args.skipped, nullptr, 0};
   update_pairs(samples(args), tables(args), state, args.workspace, stream);
 }
 

@@ -11,9 +11,10 @@ __device__ inline int last_pass(const PairBatch& batch) { return second_pass(bat
 __device__ inline bool is_finite(const PairBatch& batch) { return batch.verdicts[last_pass(batch)].nonfinite == 0; }
 
 // Lanes (x) take neighbouring columns of a row of a slot's matrix, threads (y) share the pieces.
-__global__ void __launch_bounds__(kWarp * kShares) commit_products(PairBatch batch, PairState state) {
+__global__ void __launch_bounds__(kWarp* kShares) commit_products(PairBatch batch, PairState state) {
   __shared__ double shared[kShares][kWarp];
-  const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp, line = blockIdx.x / strips;
+  const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp,
+                 line = blockIdx.x / strips;
   const unsigned strip = blockIdx.x % strips, group = line / width, row = line % width;
   const unsigned column = strip * kWarp + threadIdx.x;
   const Slot& slot = batch.slot[blockIdx.y];

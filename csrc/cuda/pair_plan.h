@@ -19,8 +19,8 @@ struct Verdict {
   double nonfinite, uncentred, huge, sizeable;  // sizeable: squares are in float's range, and not all so small or zero
 };
 
-// Everything the kernels share; pointers are into the workspace. Groups of few channels are multiplied together, several
-// to a tile, of which only products within a group count.
+// Everything the kernels share; pointers are into the workspace. Groups of few channels are multiplied together,
+// several to a tile, of which only products within a group count.
 struct PairBatch {
   Samples x;
   int64_t slots, lattice_count;

@@ -90,6 +90,7 @@ void write_tables(const PairBatch& batch, const std::vector<Lattice>& lattices, 
   const auto append = [&](const auto& table) {
     static_assert(sizeof table[0] % sizeof(int64_t) == 0);
     const size_t count = table.size() * (sizeof table[0] / sizeof(int64_t)), before = all.size();
+    if (count == 0) return;
     all.resize(before + count);
     std::memcpy(all.data() + before, table.data(), count * sizeof(int64_t));
   };

@@ -35,6 +35,7 @@ __device__ inline TilePair this_pair(const PairBatch& batch, const Lattice& latt
 __device__ inline Task task_of(const PairBatch& batch, const Lattice& lattice, const TilePair& pair) {
   const int64_t samples = batch.x.examples * lattice.rows * lattice.columns, begin = pair.piece * lattice.piece;
   Task task = {begin, static_cast<int>(min(lattice.piece, samples - begin)), {}, {}, false};
+#pragma unroll
   for (int o = 0; o < 2; ++o) {
     const int64_t within = int64_t{o == 0 ? pair.row : pair.column} * batch.tile;
     task.first[o] = pair.bundle * batch.bundle + within;
@@ -60,10 +61,12 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kReside
   Staged* const memory = dynamic_shared<Staged>();
   Sum* const offsets = reinterpret_cast<Sum*>(memory + 2 * Kind::kStages * Tiling::kElements);
   const Sum unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], x.dtype) : 1;
-  for (int i = threadIdx.x; i < 2 * Tiling::kTile; i += Tiling::kThreads) {
-    const int o = i / Tiling::kTile, channel = i % Tiling::kTile;
-    const double* const shift = batch.shift + pass * x.channels + task.first[o];
-    offsets[i] = channel < task.channels[o] ? static_cast<Sum>(shift[channel]) * unit : 0;
+  {  // a thread to a channel of both tiles
+    const bool of_right = threadIdx.x >= Tiling::kTile;
+    const int channel = threadIdx.x % Tiling::kTile;
+    const double* const shift = batch.shift + pass * x.channels + (of_right ? task.first[1] : task.first[0]);
+    const int channels = of_right ? task.channels[1] : task.channels[0];
+    offsets[threadIdx.x] = channel < channels ? static_cast<Sum>(shift[channel]) * unit : 0;
   }
   __syncthreads();
 
@@ -72,12 +75,12 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kReside
   const int row = warp / 2 * kWarpRows, column = side * Tiling::kWarpColumns;
   const bool diagonal = lattice.symmetric && pair.row == pair.column;
   // Or lies beyond the channels, or below the diagonal.
-  const bool multiplies = row < task.channels[0] && column < task.channels[1] &&
-                          !(diagonal && row >= column + Tiling::kWarpColumns);
+  const bool multiplies =
+      row < task.channels[0] && column < task.channels[1] && !(diagonal && row >= column + Tiling::kWarpColumns);
   // One column of warps adds up the left samples, the other one the right ones: each in one of the pairs they are in.
-  const bool of_this_pair = side == 0 ? diagonal || (!lattice.symmetric && pair.column == 0)
-                                      : !lattice.symmetric && pair.row == 0;
-  const bool adds = of_this_pair && row < task.channels[side];
+  const bool of_this_pair =
+      side == 0 ? diagonal || (!lattice.symmetric && pair.column == 0) : !lattice.symmetric && pair.row == 0;
+  const bool adds = of_this_pair && row < (side == 0 ? task.channels[0] : task.channels[1]);
   double* const record = batch.record(blockIdx.x);
   Sum* const out = reinterpret_cast<Sum*>(record + 2 * Tiling::kTile);
 

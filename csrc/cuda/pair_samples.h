@@ -27,9 +27,9 @@ __device__ inline int64_t quotient(int64_t x, int64_t y, double reciprocal) {
 // partner from the pixel.
 struct Lattice {
   int64_t first, partner, rows, columns;
-  int64_t symmetric;            // whether pixels are their own partners
-  int64_t first_block;          // of the grid, from this one on
-  int64_t pieces, piece;        // how many the samples are cut into, and how many samples each of them has
+  int64_t symmetric;      // whether pixels are their own partners
+  int64_t first_block;    // of the grid, from this one on
+  int64_t pieces, piece;  // how many the samples are cut into, and how many samples each of them has
   double inverse_rows, inverse_columns;
 };
 

@@ -9,11 +9,11 @@ namespace pcafast::cuda {
 
 // What one block multiplies.
 struct Task {
-  int64_t begin;            // of the samples of the lattice
+  int64_t begin;  // of the samples of the lattice
   int samples;
-  int64_t first[2];         // channel, of the left and of the right samples
-  int channels[2];          // from there on, kTile at most
-  bool same;                // left and right samples are the same
+  int64_t first[2];  // channel, of the left and of the right samples
+  int channels[2];   // from there on, kTile at most
+  bool same;         // left and right samples are the same
 };
 
 // How the threads share the elements of two tiles: each takes kWidth neighbours at a time, kLoads times.
@@ -41,6 +41,7 @@ class Walk {
         left_(task.samples),
         channel_stride_(x.channel_stride),
         same_(task.same) {
+#pragma unroll
     for (int o = 0; o < 2; ++o) {
       channels_[o] = task.channels[o];
       base_[o] = (task.first[o] + Share::channel(0)) * channel_stride_ + o * lattice.partner;
@@ -101,7 +102,8 @@ class AsyncStaging {
     if (chunk < chunks_) {
       Staged* const to = memory_ + chunk % kStages * 2 * Tiling::kElements;
       walk_.chunk([&](int i, int o, int64_t offset, bool valid) {
-        copy_async<kWidth * sizeof(T)>(to + o * Tiling::kElements + Share::place(i), data_ + (valid ? offset : 0), valid);
+        copy_async<kWidth * sizeof(T)>(to + o * Tiling::kElements + Share::place(i), data_ + (valid ? offset : 0),
+                                       valid);
       });
     }
     end_batch_of_copies();

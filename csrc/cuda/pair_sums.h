@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(1024) add_weights(PairBatch batch) {
   *batch.weight = sum;
 }
 
-// The shift of the first pass, near the mean of every channel: a warp takes a few samples of it from all over a lattice.
-// Those as they are need none.
+// The shift of the first pass, near the mean of every channel: a warp takes a few samples of it from all over a
+// lattice. Those as they are need none.
 __global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, int64_t of_lattice, bool raw) {
   if (blockIdx.x == 0 && threadIdx.x == 0) batch.verdicts[0] = batch.verdicts[1] = {};
   const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch,
     square += __shfl_xor_sync(kFullWarp, square, offset);
   }
   if (threadIdx.x % kWarp > 0) return;
-  const double count = batch.count(slot), inverse = pass > 0 ? 1 / unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
+  const double count = batch.count(slot),
+               inverse = pass > 0 ? 1 / unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
   if (!isfinite(left + right + square)) batch.verdicts[pass].nonfinite = 1;
   if (slot.symmetric) right = left;
   const int64_t at = blockIdx.y * batch.x.channels + channel;

@@ -14,7 +14,7 @@ struct Tiling {
   using Kind = Kind_;
   static constexpr int kTile = kTile_, kThreads = 2 * kTile, kWarpColumns = kTile / 2;
   static constexpr int kResident = kTile > 64 ? 1 : Kind::kResident;  // blocks on a multiprocessor, at least
-  static constexpr int kChunk = Kind::kChunk;  // samples at a time
+  static constexpr int kChunk = Kind::kChunk;                         // samples at a time
   static constexpr bool kChannelsInside = kChannelsInside_;
   static constexpr int kInside = kChannelsInside ? kTile : kChunk, kOutside = kChannelsInside ? kChunk : kTile;
   // From row to row, so that what a warp reads at once lies in different banks.

@@ -54,8 +54,7 @@ int64_t patch_covariance_workspace(const PatchCovarianceArgs& args) {
 
 void patch_covariance_update(const PatchCovarianceArgs& args, cudaStream_t stream) {
   const double patches = static_cast<double>(args.x.examples) * args.patches_per_example;
-  const PairState state = {1,          args.count,    args.left, args.right, args.comoment, args.skipped,
-                           args.patches, patches};
+  const PairState state = {1, args.count, args.left, args.right, args.comoment, args.skipped, args.patches, patches};
   update_pairs(samples(args), tables(args), state, args.workspace, stream);
 }
 

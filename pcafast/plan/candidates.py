@@ -12,6 +12,7 @@ from pcafast.functional import MeanCovariance
 from pcafast.plan.layers import (
     Factorisable,
     Layer,
+    Side,
     can_absorb,
     channels,
     groups,
@@ -21,7 +22,9 @@ from pcafast.plan.layers import (
 )
 from pcafast.plan.trace import Trace
 from pcafast.progress import track
-from pcafast.statistics import Covariance, Statistic
+from pcafast.statistics import Covariance, PatchCovariance, Statistic
+
+AnyCovariance = Covariance | PatchCovariance
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Candidate:
     """A layer that can be factorised.
 
     Attributes:
-        mean: (C,), of its output or input.
+        mean: (C,), of its output, or of the patches it takes in.
         basis: (groups, C/groups, C/groups), rows from the most to the least variance.
         left_out: share of the variance left out at rank 0..C/groups per group.
         max_rank: the largest rank per group that costs less than the layer; at least 1.
@@ -43,16 +46,16 @@ class Candidate:
 
 
 def find_candidates(
-    model: nn.Module, statistics: Mapping[str, Statistic], traced: Trace | None
+    model: nn.Module, statistics: Mapping[str, Statistic], side: Side | None, traced: Trace | None
 ) -> tuple[list[Candidate], dict[str, str]]:
     """The layers with statistics that can be factorised, in the model's order, and why others cannot.
 
     Raises:
-        ArgumentError: the statistics are not covariances, or not of this model.
+        ArgumentError: the statistics are not covariances, or not of this model or side.
         PcafastError: none of the statistics has seen any data.
     """
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    covariances = _checked(statistics, modules)
+    covariances = _checked(statistics, side, modules)
     layers = {name: module for name, module in modules.items() if is_factorisable(module)}
     skipped = ({} if traced is None else _seen_obstacles(layers, traced)) | obstacles(model)
     moments = _moments({name: covariances[name] for name in layers if name in covariances}, skipped)
@@ -68,7 +71,7 @@ def find_candidates(
             positions=traced.positions[name] if traced else 0,
             consumer=(consumers[name], layers[consumers[name]]) if name in consumers else None,
         )
-        _check_fit(layer, moments[name])
+        _check_fit(layer, covariances[name], moments[name])
         max_rank = layer.largest_cheaper_rank()
         if max_rank:
             found.append(_candidate(layer, moments[name], max_rank))
@@ -77,18 +80,27 @@ def find_candidates(
     return found, skipped
 
 
-def _checked(statistics: Mapping[str, Statistic], modules: Mapping[str, nn.Module]) -> dict[str, Covariance]:
+def _checked(
+    statistics: Mapping[str, Statistic], side: Side | None, modules: Mapping[str, nn.Module]
+) -> dict[str, AnyCovariance]:
     if not statistics:
         raise ArgumentError("statistics: expected the covariance of at least one layer, got none.")
-    covariances = {}
+    covariances: dict[str, AnyCovariance] = {}
     for name, statistic in statistics.items():
         if name not in modules:
             raise ArgumentError(
                 f"statistics: {name!r} is not a layer of the model, which has {', '.join(modules) or 'none'}."
             )
-        if not isinstance(statistic, Covariance):
+        if not isinstance(statistic, AnyCovariance):
             raise ArgumentError(
-                f"statistics: expected the Covariance of layer {name!r}, got a {type(statistic).__name__}."
+                f"statistics: expected the Covariance or PatchCovariance of layer {name!r}, got a "
+                f"{type(statistic).__name__}."
+            )
+        if side is not None and statistic.side != side:
+            wanted = "PatchCovariance()" if side == "input" else "Covariance()"
+            raise ArgumentError(
+                f"side: expected statistics of the {side} of every layer, but that of layer {name!r} is of its "
+                f"{statistic.side}. Collect {wanted}."
             )
         if statistic.tap != "layer":
             raise ArgumentError(
@@ -106,7 +118,7 @@ def _seen_obstacles(layers: Mapping[str, Factorisable], traced: Trace) -> dict[s
     }
 
 
-def _moments(covariances: Mapping[str, Covariance], skipped: dict[str, str]) -> dict[str, MeanCovariance]:
+def _moments(covariances: Mapping[str, AnyCovariance], skipped: dict[str, str]) -> dict[str, MeanCovariance]:
     """The computed statistics of layers not skipped; those without any data are noted as skipped."""
     moments: dict[str, MeanCovariance] = {}
     error = None
@@ -136,11 +148,17 @@ def _consumers(
     return consumers
 
 
-def _check_fit(layer: Layer, moments: MeanCovariance) -> None:
-    if layer.side == "input" and not is_pointwise(layer.module):
+def _check_fit(layer: Layer, statistic: AnyCovariance, moments: MeanCovariance) -> None:
+    of_pixels = isinstance(statistic, Covariance)
+    if layer.side == "input" and of_pixels and not is_pointwise(layer.module):
         raise ArgumentError(
             f"statistics: the input side of layer {layer.name!r}, a convolution over patches, cannot be factorised by "
-            "the covariance of single pixels: that of patches is needed. Collect its output side, or leave it out."
+            "the covariance of single pixels. Collect PatchCovariance(), or the covariance of its output."
+        )
+    if isinstance(statistic, PatchCovariance) and not statistic.is_of(layer.module):
+        raise ArgumentError(
+            f"statistics: the patches of layer {layer.name!r} are cut otherwise: expected {layer.module}, got "
+            f"{statistic}. Collect them from this model."
         )
     total, g = channels(layer.module, layer.side), groups(layer.module)
     square = (total, total) if g == 1 else (g, total // g, total // g)

@@ -38,7 +38,7 @@ class Layer:
 
     @property
     def channels(self) -> int:
-        """Channels per group on the side whose covariance is used: the full rank."""
+        """Channels, or entries of patches, per group on the side whose covariance is used: the full rank."""
         return channels(self.module, self.side) // groups(self.module)
 
     def whole(self) -> Cost:
@@ -66,10 +66,8 @@ class Layer:
 
 
 def channels(module: Factorisable, side: Side) -> int:
-    """Channels of the layer's output or input, over all groups."""
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == "output" else module.in_features
-    return module.out_channels if side == "output" else module.in_channels
+    """Channels of the layer's output, or entries of the patches that it takes in, over all groups."""
+    return len(module.weight) if side == "output" else groups(module) * module.weight[0].numel()
 
 
 def groups(module: Factorisable) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from pcafast.errors import ArgumentError
 from pcafast.plan.actions import Change, LowRank
 from pcafast.plan.budget import Budget, Quantity
 from pcafast.plan.candidates import Candidate, find_candidates
-from pcafast.plan.layers import Cost, Layer
+from pcafast.plan.layers import Cost, Layer, Side
 from pcafast.plan.plan import Plan
 from pcafast.plan.ranks import Option, choose
 from pcafast.plan.trace import ExampleInput, trace
@@ -21,6 +21,7 @@ def plan_low_rank(
     model: nn.Module,
     statistics: Mapping[str, Statistic],
     *,
+    side: Side | None = None,
     budget: Budget | None = None,
     ratio: float | None = None,
     energy: float | None = None,
@@ -33,7 +34,9 @@ def plan_low_rank(
 
     Args:
         model: it is run once, in evaluation mode, if there is an example input, and stays as it is.
-        statistics: for each layer to consider, its ``Covariance``.
+        statistics: for each layer to consider, its ``Covariance``, or the ``PatchCovariance`` of its input.
+        side: "output" or "input", if all statistics are to be of that side; else each layer is factorised on the side
+            that its statistic is of.
         budget: a share of the whole model's MACs or parameters. The ranks are those that maximise the product over
             all layers of the kept share of variance.
         ratio: keep this share of every layer's channels, rounded to nearest, at least one.
@@ -45,6 +48,8 @@ def plan_low_rank(
         ArgumentError: an argument is wrong, the statistics are of another model, or the budget cannot be met.
     """
     asked = _asked(budget, ratio, energy)
+    if side not in (None, *get_args(Side)):
+        raise ArgumentError(f"side: expected 'output' or 'input', got {side!r}.")
     if budget is not None and budget.macs is not None and example_input is None:
         raise ArgumentError("example_input: expected an input to count the MACs of a budget on, got None.")
     if budget is not None and budget.channels is not None:
@@ -55,7 +60,7 @@ def plan_low_rank(
             f"{', '.join(map(repr, statistics))}."
         )
     traced = None if example_input is None else trace(model, example_input)
-    candidates, skipped = find_candidates(model, statistics, traced)
+    candidates, skipped = find_candidates(model, statistics, side, traced)
     if budget is not None and budget.share < 1 and not candidates:
         reasons = "; ".join(f"{name}: {skipped[name]}" for name in list(statistics)[:10])
         raise ArgumentError(f"budget: {budget} cannot be met, since none of the layers can be factorised ({reasons}).")

@@ -95,6 +95,13 @@ class PatchCovariance(Statistic):
             return {name: getattr(layer, name) for name in names}
         return {}
 
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether the patches are cut as the layer cuts them."""
+        if not self.fits(layer):
+            return False
+        theirs = PatchCovariance(**self.settings_for(layer))
+        return (theirs._patches, theirs.groups) == (self._patches, self.groups)
+
     def update(self, x: Tensor) -> None:
         """Take in one batch of inputs.
 

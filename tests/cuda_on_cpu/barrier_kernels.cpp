@@ -210,8 +210,7 @@ extern "C" {
 
 const char* run_multiply_matrices(int depth, const float* left, const float* right, float* out) {
   return error_of([&] {
-    const auto kernel =
-        depth == 8 ? multiply_matrices<float, 8> : multiply_matrices<pcafast::cuda::BFloat16, 16>;
+    const auto kernel = depth == 8 ? multiply_matrices<float, 8> : multiply_matrices<pcafast::cuda::BFloat16, 16>;
     pcafast::cuda::launch(kernel, dim3(1), dim3(kWarp), 0, nullptr, left, right, out);
   });
 }

@@ -1,6 +1,6 @@
-// The matrix instructions of csrc/cuda/matrix.h on the CPU. Lanes exchange what they bring through memory of their warp,
-// which has two sides: a lane that goes ahead writes to the other one. Sums lose what float has no room for, rounded
-// toward zero, as tensor cores do; TF32 operands lose their low 13 bits.
+// The matrix instructions of csrc/cuda/matrix.h on the CPU. Lanes exchange what they bring through memory of their
+// warp, which has two sides: a lane that goes ahead writes to the other one. Sums lose what float has no room for,
+// rounded toward zero, as tensor cores do; TF32 operands lose their low 13 bits.
 #pragma once
 
 #include <cstdio>
