@@ -17,6 +17,11 @@ MULTIPROCESSORS = 132
 CLOCKS_PER_SECOND = 1.98e9
 PER_CLOCK = {"float64": 2.0, "shuffle": 1.0, "shared": 1.0}
 
+# Operations per second, dense: of tensor cores, which csrc/cuda/pair_single.h has multiply float32 in three products of
+# TF32, and of what torch takes for float32.
+TENSOR = {"bfloat16": 989e12, "float32": 494e12 / 3}
+PLAIN = {"bfloat16": 989e12, "float32": 67e12}
+
 REFLECTION = 16  # float64 instructions of a square root, a reciprocal and what goes with them, by the machine code
 DIVISION = 9
 Counts = dict[str, float]
@@ -73,8 +78,28 @@ def channel_rows(shape: tuple[int, ...], element_bytes: int) -> dict[str, float]
     return {"taylor": 2 * operand, "expression": 4 * operand, "moments": operand}
 
 
+def pair_row(shape: tuple[int, ...], dtype: str, element_bytes: int) -> dict[str, float]:
+    """Seconds for one read, for the tiles of a covariance or 3 x 3 patch covariance, and for torch's product.
+
+    Border strips are not counted. Tensor cores reach their full speed by instructions of Hopper's own alone; what the
+    kernels use is good for about 60 % of it.
+    """
+    n, c, h, w = shape
+    samples, tile = n * h * w, 128 if dtype == "bfloat16" and c > 64 else 64
+    tiles = -(-c // tile)
+    pair = 2 * tile * tile * samples / TENSOR[dtype]
+    of_covariance = tiles * (tiles + 1) // 2
+    return {
+        "read": samples * c * element_bytes / BYTES_PER_SECOND,
+        "covariance": of_covariance * pair,
+        "patch_covariance": (of_covariance + 12 * tiles * tiles) * pair,
+        "product": 2 * c * c * samples / PLAIN[dtype],
+    }
+
+
 if __name__ == "__main__":
     shapes = [(256, 64, 112, 112), (256, 512, 28, 28), (256, 2048, 7, 7)]
+    of_pairs = [(256, 64, 56, 56), (256, 128, 28, 28), (256, 256, 14, 14), (256, 512, 7, 7)]
     results.write(
         "cuda_estimates",
         {
@@ -82,6 +107,11 @@ if __name__ == "__main__":
             "channels": [
                 {"shape": shape, "dtype": dtype, **channel_rows(shape, size)}
                 for shape in shapes
+                for dtype, size in (("float32", 4), ("bfloat16", 2))
+            ],
+            "pairs": [
+                {"shape": shape, "dtype": dtype, **pair_row(shape, dtype, size)}
+                for shape in of_pairs
                 for dtype, size in (("float32", 4), ("bfloat16", 2))
             ],
         },

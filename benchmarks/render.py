@@ -1,18 +1,19 @@
 """Renders the tables of the documents from the result files.
 
-In a document, a table stands between <!-- NAME --> and <!-- end -->, NAME being one of the functions below.
+In a document, a table stands between <!-- NAME --> and <!-- end -->, NAME being a function below or in operator_tables.
 ``python benchmarks/render.py`` writes them anew; with ``--check`` it only says whether they are up to date.
 """
 
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import operator_tables
 import results
+from tables import paragraph, table
 
-DOCUMENTS = [Path(__file__).parent.parent / "README.md"]
+DOCUMENTS = [Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md"]
 
 
 def low_rank() -> str:
@@ -83,82 +84,22 @@ def planning() -> str:
 def kills() -> str:
     """The sentence about killed runs."""
     measured = results.read("kills")
-    text = (
+    return paragraph(
         f"Of {measured['kills']} runs of `pcafast compress` on a ResNet-20, all four methods, killed with -9 at random "
         f"moments and started again, {measured['identical']} ended with the same files as a run that was let alone "
         "(`benchmarks/kills.py`)."
     )
-    return textwrap.fill(text, 120)
 
 
 def handover() -> str:
     """The sentence about the optimizer's momenta."""
     runs = list(results.read("handover").values())
     kept, lost = (sum(run[how] for run in runs) / len(runs) for how in ("with momenta", "without"))
-    text = (
+    return paragraph(
         f"Where a ResNet-20 in training is pruned to 80% of its MACs, the loss of the next 20 batches is {kept:.3f} on "
         f"average with the optimizer's momenta handed over and {lost:.3f} without ({len(runs)} seeds, "
         "`benchmarks/handover.py`)."
     )
-    return textwrap.fill(text, 120)
-
-
-def rank_speed() -> str:
-    """Time per map, and what others take of it."""
-    rows = []
-    for row in results.read("operators")["rank"]:
-        images, channels, height, width = row["shape"]
-        per_map = {peer: seconds / (images * channels) for peer, seconds in row["seconds"].items()}
-        ours = per_map.pop("pcafast")
-        others = [f"{microseconds(time)}, {time / ours:.1f}x" for time in per_map.values()]
-        rows.append([f"{height}x{width}", microseconds(ours), *others])
-    matrix_rank = "`torch.linalg.matrix_rank`"
-    return table(["map", "pcafast", f"{matrix_rank}, batched", f"{matrix_rank}, one by one"], rows)
-
-
-def taylor_speed() -> str:
-    """How many times longer the expression takes, and torch.compile of it."""
-    return ratios("taylor", ("expression", "torch.compile"))
-
-
-def moments_speed() -> str:
-    """How many times longer torch's expressions take."""
-    return ratios("moments", ("expression",))
-
-
-def ratios(operator: str, peers: tuple[str, ...]) -> str:
-    """Of the peers' times to pcafast's: shapes down, dtypes and layouts across."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in results.read("operators")[operator]:
-        seconds = row["seconds"]
-        times = [f"{seconds[peer] / seconds['pcafast']:.1f}x" for peer in peers if peer in seconds]
-        shape = "x".join(map(str, row["shape"]))
-        cells.setdefault(shape, {})[f"{row['dtype']}, {row['layout']}"] = ", ".join(times)
-    return table(["activation", *next(iter(cells.values()))], [[shape, *row.values()] for shape, row in cells.items()])
-
-
-def cuda_estimates() -> str:
-    """What the CUDA kernels of rank take by count."""
-    rows = [
-        [f"{size}x{size}", f"{row['seconds'] * 1e9:,.1f} ns", row["waits_for"]]
-        for size, row in results.read("cuda_estimates")["rank"].items()
-    ]
-    return table(["map", "time per map", "unit at its limit"], rows)
-
-
-def hrank() -> str:
-    """The sentence about HRank's procedure."""
-    measured = results.read("hrank")
-    ours, theirs = measured["pcafast_seconds"], measured["hrank_seconds"]
-    text = (
-        f"The rank scores of all {measured['places']} layers of a ResNet-56 over {measured['images']} images, on the "
-        f"CPU (threads: {measured['threads']}): {theirs:.0f} s by HRank's procedure, a pass for every layer and an "
-        f"SVD for every map, and {ours:.1f} s by one pass with `collect`, {theirs / ours:.0f} times less. Of "
-        f"{measured['maps']:,} maps the two disagree about {measured['differing']}; by SVD in float64, HRank has "
-        f"{measured['hrank_wrong']} of these wrong and pcafast {measured['pcafast_wrong']} "
-        "(`PCAFAST_DATA=folder python benchmarks/hrank.py`)."
-    )
-    return textwrap.fill(text, 120)
 
 
 def headline() -> str:
@@ -167,7 +108,7 @@ def headline() -> str:
     rows, pruned = network["rows"], results.read("pruning")
     taylor = pruned["rows"]["taylor"]["accuracy"][f"{pruned['epochs']} epochs"]
     small, plain = rows["ranks by budget, batch norm re-estimated"]["accuracy"], rows["original"]["accuracy"]
-    text = (
+    return paragraph(
         f"Covariance, Taylor scores and feature-map ranks of all layers of a ResNet-56 come out of one pass over "
         f"{cost['images']:,} images that takes {cost['times_plain']['all three']:.1f} times the plain forward and "
         f"backward, and the peak memory of a training step grows by {max(cost['allocated_growth'], 0):.1%}. Factorised "
@@ -175,26 +116,14 @@ def headline() -> str:
         f"network has {small:.1%} accuracy on CIFAR-10, from {plain:.1%}; with half its MACs by removing channels, and "
         f"after {pruned['epochs']} epochs of retraining, {taylor:.1%}."
     )
-    return textwrap.fill(text, 120)
-
-
-def microseconds(seconds: float) -> str:
-    time = seconds * 1e6
-    return f"{time:.2f} us" if time < 10 else f"{time:,.0f} us"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    rule = ["---", *["---:"] * (len(titles) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, rule, *rows])
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        *(low_rank, pruning, planning, kills, handover, collect_cost, demo, headline),
-        *(rank_speed, taylor_speed, moments_speed, hrank, cuda_estimates),
-    )
+    **operator_tables.TABLES,
+    **{
+        function.__name__: function
+        for function in (low_rank, pruning, planning, kills, handover, collect_cost, demo, headline)
+    },
 }
 
 
@@ -215,4 +144,5 @@ if __name__ == "__main__":
         if "--check" not in sys.argv:
             document.write_text(after)
         elif before != after:
-            sys.exit(f"{document.name} is out of date: python benchmarks/render.py")
+            name = document.relative_to(DOCUMENTS[0].parent)
+            sys.exit(f"{name} is out of date: python benchmarks/render.py")

@@ -6,7 +6,7 @@ from patch_covariance_case import PEERS, patch_covariance_case
 __all__ = ["PEERS"]
 
 make = patch_covariance_case
-IMAGES = {"ResNet-18": 32, "VGG-16": 2, "ResNet-56": 64}
+IMAGES = {"ResNet-18": 32, "VGG-16": 4, "ResNet-56": 64}
 CASES = [
     (network, (IMAGES[network], *shape), stride) for network, layers in INPUTS.items() for *shape, stride in layers
 ]

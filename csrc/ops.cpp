@@ -1,7 +1,7 @@
 // The native surface on one page: every operator's schema, every argument check, and the dispatch to the kernels,
 // which know nothing of torch (kernels.h). What each operator computes is said in pcafast/reference.py.
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -109,9 +109,26 @@ struct Channels {
   }
 };
 
-void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
-                        const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
-                        Tensor& skipped) {
+// The weights (examples, positions) as float64, or none.
+Tensor checked_weights(const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& weight) {
+  if (!weight.has_value()) return {};
+  auto shape = x.sizes().vec();
+  shape.erase(shape.begin() + checked_channel_dim("x", x, channel_dim));
+  TORCH_CHECK_VALUE(weight->sizes() == at::IntArrayRef(shape), "weight: expected the shape of x without channels, ",
+                    at::IntArrayRef(shape), ", got ", weight->sizes());
+  Tensor weights = weight->to(x.device(), at::kDouble).contiguous();
+  // To look costs a wait on other devices. There the square root of a negative number has the batch left out.
+  if (weights.numel() > 0 && weights.device().is_cpu()) {
+    TORCH_CHECK_VALUE(weights.min().item<double>() >= 0, "weight: expected no negative number and no NaN, got ",
+                      weights.min().item<double>());
+  }
+  return weights;
+}
+
+template <class WorkspaceSize, class Kernel>
+void covariance_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, int64_t channel_dim,
+                       int64_t groups, double scale, const std::optional<Tensor>& weight, Tensor& count, Tensor& mean,
+                       Tensor& comoment, Tensor& skipped) {
   const Channels channels("x", x, channel_dim);
   const int64_t c = channels.view.channels;
   TORCH_CHECK_VALUE(groups >= 1 && c % groups == 0, "groups: expected a divisor of the ", c, " channels of x, got ",
@@ -120,20 +137,27 @@ void covariance_update_(const Tensor& x, int64_t channel_dim, int64_t groups, do
   check_state("mean", mean, {c}, x);
   check_state("comoment", comoment, {groups, c / groups, c / groups}, x);
   check_state("skipped", skipped, {}, x, at::kLong);
-  Tensor weights;
-  if (weight.has_value()) {
-    auto shape = x.sizes().vec();
-    shape.erase(shape.begin() + checked_channel_dim("x", x, channel_dim));
-    TORCH_CHECK_VALUE(weight->sizes() == at::IntArrayRef(shape), "weight: expected the shape of x without channels, ",
-                      at::IntArrayRef(shape), ", got ", weight->sizes());
-    weights = weight->to(x.device(), at::kDouble).contiguous();
-    TORCH_CHECK_VALUE(weights.numel() == 0 || weights.min().item<double>() >= 0,
-                      "weight: expected no negative number and no NaN, got ", weights.min().item<double>());
-  }
+  const Tensor weights = checked_weights(x, channel_dim, weight);
   if (x.numel() == 0) return;
-  cpu::covariance_update({channels.view, weights.defined() ? weights.const_data_ptr<double>() : nullptr, groups, scale,
-                          count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
-                          comoment.mutable_data_ptr<double>(), skipped.mutable_data_ptr<int64_t>(), nullptr});
+  CovarianceArgs args{channels.view,
+                      weights.defined() ? weights.const_data_ptr<double>() : nullptr,
+                      groups,
+                      scale,
+                      count.mutable_data_ptr<double>(),
+                      mean.mutable_data_ptr<double>(),
+                      comoment.mutable_data_ptr<double>(),
+                      skipped.mutable_data_ptr<int64_t>(),
+                      nullptr};
+  const Tensor workspace = at::empty({workspace_size(args)}, x.options().dtype(at::kDouble));
+  args.workspace = workspace.mutable_data_ptr<double>();
+  kernel(args);
+}
+
+void covariance_update_cpu(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
+                           const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
+                           Tensor& skipped) {
+  covariance_update([](const CovarianceArgs&) { return 0; }, cpu::covariance_update, x, channel_dim, groups, scale,
+                    weight, count, mean, comoment, skipped);
 }
 
 const int64_t* table(const char* name, const Tensor& numbers, at::IntArrayRef shape) {
@@ -173,12 +197,10 @@ void check_lattices(const PatchCovarianceArgs& args) {
   }
 }
 
-template <class WorkspaceSize, class Kernel>
-void patch_covariance_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, const Tensor& source_rows,
-                             const Tensor& source_columns, const Tensor& taps, const Tensor& steps,
-                             const Tensor& rectangles, const Tensor& slot_ends, const Tensor& slot_rectangles,
-                             int64_t patches_per_example, int64_t groups, Tensor& patches, Tensor& count, Tensor& left,
-                             Tensor& right, Tensor& comoment, Tensor& skipped) {
+// All but the state.
+PatchCovarianceArgs checked_patch_args(const Tensor& x, const Tensor& source_rows, const Tensor& source_columns,
+                                       const Tensor& taps, const Tensor& steps, const Tensor& rectangles,
+                                       const Tensor& slot_ends, const Tensor& slot_rectangles, int64_t groups) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x: expected maps of shape (N, C, H, W), got shape ", x.sizes());
   TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "groups: expected a divisor of the ", x.size(1),
                     " channels of x, got ", groups);
@@ -211,6 +233,18 @@ void patch_covariance_update(WorkspaceSize workspace_size, Kernel kernel, const 
     end = args.slot_ends[slot];
   }
   check_range("slot_rectangles", args.slot_lattices, slot_rectangles.numel(), 0, args.lattices);
+  args.groups = groups;
+  return args;
+}
+
+template <class WorkspaceSize, class Kernel>
+void patch_covariance_update(WorkspaceSize workspace_size, Kernel kernel, const Tensor& x, const Tensor& source_rows,
+                             const Tensor& source_columns, const Tensor& taps, const Tensor& steps,
+                             const Tensor& rectangles, const Tensor& slot_ends, const Tensor& slot_rectangles,
+                             int64_t patches_per_example, int64_t groups, Tensor& patches, Tensor& count, Tensor& left,
+                             Tensor& right, Tensor& comoment, Tensor& skipped) {
+  PatchCovarianceArgs args =
+      checked_patch_args(x, source_rows, source_columns, taps, steps, rectangles, slot_ends, slot_rectangles, groups);
   const int64_t entries = x.size(1) * args.taps, side = entries / groups;
   check_state("patches", patches, {}, x);
   check_state("count", count, {args.slots}, x);
@@ -219,7 +253,6 @@ void patch_covariance_update(WorkspaceSize workspace_size, Kernel kernel, const 
   check_state("comoment", comoment, {args.slots, groups, side, side}, x);
   check_state("skipped", skipped, {}, x, at::kLong);
   if (x.numel() == 0) return;
-  args.groups = groups;
   args.patches_per_example = patches_per_example;
   args.patches = patches.mutable_data_ptr<double>();
   args.count = count.mutable_data_ptr<double>();
@@ -343,7 +376,7 @@ Tensor feature_map_rank_cpu(const Tensor& x, double rtol, double atol) {
 }
 
 TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
-  m.impl("covariance_update_", covariance_update_);
+  m.impl("covariance_update_", covariance_update_cpu);
   m.impl("patch_covariance_update_", patch_covariance_update_cpu);
   m.impl("taylor_update_", taylor_update_cpu);
   m.impl("channel_moments_update_", channel_moments_update_cpu);
@@ -351,6 +384,57 @@ TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
 }
 
 #ifdef PCAFAST_WITH_CUDA
+void covariance_update_cuda(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
+                            const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
+                            Tensor& skipped) {
+  const c10::cuda::CUDAGuard device(x.device());
+  covariance_update(
+      cuda::covariance_workspace,
+      [](const CovarianceArgs& args) { cuda::covariance_update(args, c10::cuda::getCurrentCUDAStream()); }, x,
+      channel_dim, groups, scale, weight, count, mean, comoment, skipped);
+}
+
+// What the CUDA kernel does not know, maps read through tables of rows and columns and pixels of several taps, becomes
+// a tensor of its own here: the padded map, or all patches where there are few channels.
+void patch_covariance_update_cuda(const Tensor& x, const Tensor& source_rows, const Tensor& source_columns,
+                                  const Tensor& taps, const Tensor& steps, const Tensor& rectangles,
+                                  const Tensor& slot_ends, const Tensor& slot_rectangles, int64_t patches_per_example,
+                                  int64_t groups, Tensor& patches, Tensor& count, Tensor& left, Tensor& right,
+                                  Tensor& comoment, Tensor& skipped) {
+  const c10::cuda::CUDAGuard device(x.device());
+  const auto update = [&](const Tensor& maps, const Tensor& tap, const Tensor& step, const Tensor& lattices) {
+    patch_covariance_update(
+        cuda::patch_covariance_workspace,
+        [](const PatchCovarianceArgs& args) { cuda::patch_covariance_update(args, c10::cuda::getCurrentCUDAStream()); },
+        maps, at::arange(maps.size(2), at::kLong), at::arange(maps.size(3), at::kLong), tap, step, lattices, slot_ends,
+        slot_rectangles, patches_per_example, groups, patches, count, left, right, comoment, skipped);
+  };
+  // The tables lead nowhere outside of x: only then are they followed.
+  const PatchCovarianceArgs args =
+      checked_patch_args(x, source_rows, source_columns, taps, steps, rectangles, slot_ends, slot_rectangles, groups);
+  const auto is_whole = [](const Tensor& source, int64_t size) {
+    return source.numel() == size && at::equal(source, at::arange(size, at::kLong));
+  };
+  Tensor maps = x;
+  if (!is_whole(source_rows, x.size(2)) || !is_whole(source_columns, x.size(3))) {
+    const auto at_end = [&](const Tensor& source, int64_t size) {
+      return at::where(source.lt(0), size, source).to(x.device());
+    };
+    maps = at::constant_pad_nd(x, {0, 1, 0, 1});  // -1 takes these zeros
+    maps = maps.index_select(2, at_end(source_rows, x.size(2))).index_select(3, at_end(source_columns, x.size(3)));
+  }
+  if (args.taps == 1) return update(maps, taps, steps, rectangles);
+  const auto& [top, first_column, rows, columns, down, across] = args.pairs[0];
+  std::vector<Tensor> shifted;
+  for (int64_t tap = 0; tap < args.taps; ++tap) {
+    const int64_t row = top + args.tap_offsets[2 * tap], column = first_column + args.tap_offsets[2 * tap + 1];
+    shifted.push_back(maps.slice(2, row, row + (rows - 1) * args.row_step + 1, args.row_step)
+                          .slice(3, column, column + (columns - 1) * args.column_step + 1, args.column_step));
+  }
+  update(at::stack(shifted, 2).flatten(1, 2), at::zeros({1, 2}, at::kLong), at::ones({2}, at::kLong),
+         at::tensor({int64_t{0}, int64_t{0}, rows, columns, int64_t{0}, int64_t{0}}, at::kLong).view({1, 6}));
+}
+
 void taylor_update_cuda(const Tensor& activation, const Tensor& gradient, int64_t channel_dim, double scale,
                         Tensor& examples, Tensor& positions, Tensor& sums, Tensor& skipped) {
   const c10::cuda::CUDAGuard device(activation.device());
@@ -381,6 +465,8 @@ Tensor feature_map_rank_cuda(const Tensor& x, double rtol, double atol) {
 }
 
 TORCH_LIBRARY_IMPL(pcafast, CUDA, m) {
+  m.impl("covariance_update_", covariance_update_cuda);
+  m.impl("patch_covariance_update_", patch_covariance_update_cuda);
   m.impl("taylor_update_", taylor_update_cuda);
   m.impl("channel_moments_update_", channel_moments_update_cuda);
   m.impl("feature_map_rank", feature_map_rank_cuda);

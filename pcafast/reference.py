@@ -153,7 +153,7 @@ def patch_covariance_update_(
     spread = delta[0].unflatten(1, (groups, -1)).unsqueeze(-1) * delta[1].unflatten(1, (groups, -1)).unsqueeze(-2)
     share = (new_count / total)[:, None]
     _commit(
-        x.isfinite().all() & products.isfinite().all(),
+        products.isfinite().all(),
         skipped,
         [
             (comoment, comoment + products + weight * spread),

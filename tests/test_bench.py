@@ -75,7 +75,7 @@ def test_the_table_says_what_is_absent_how_near_the_peak_and_how_far_the_others_
     row = {"shape": [2, 3], "network": "A", "multiply_adds": {"pcafast": 30.0, "sgemm": 100.0}}
     rows = [
         {**row, "seconds": {"pcafast": 1.0, "x": 4.0, "y": 3.0, "sgemm": 2.0}, "absent": {"z": "not installed"}},
-        {**row, "seconds": {"pcafast": 2.0, "x": 24.0, "y": 25.0, "sgemm": 2.0}, "absent": {"z": "not installed"}},
+        {**row, "seconds": {"pcafast": 2.0, "x": 24.0, "y": 25.0, "sgemm": 4.0}, "absent": {"z": "not installed"}},
     ]
     table = bench._table("covariance", rows)
     cells = {column.header: list(column.cells) for column in table.columns}
@@ -274,7 +274,7 @@ def test_memory_of_patch_covariance_does_not_grow_with_the_batch(module):
     measured, shape = module("memory").measured, (8, 32, 56, 56)
     ours, theirs = (measured("patch covariance", shape, side, 1) for side in ("pcafast", "unfold, matmul"))
     assert ours["state"] == pytest.approx(8 * 29 * 32**2, rel=0.1)
-    assert 0 <= ours["extra"] < 4e6
+    assert 0 <= ours["extra"] < 8e6
     assert theirs["extra"] > 8 * 9 * 32 * 56 * 56 * 4
 
 

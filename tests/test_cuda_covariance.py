@@ -154,6 +154,14 @@ def test_equals_the_reference(covariance: Covariance, dtype: torch.dtype, shape:
     assert_close(state, State.zero(shape[1], 1, covariance.device).add(x), TOLERANCE.get(dtype, EXACT))
 
 
+@pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
+def test_sums_that_are_drained_several_times(covariance: Covariance, dtype: torch.dtype) -> None:
+    x = exact_batch((1, 3, 14_000), covariance.device)
+    state = State.zero(3, 1, covariance.device)
+    covariance(state, lay_out(x.to(dtype), "NPC"))
+    assert_close(state, State.zero(3, 1, covariance.device).add(x), TOLERANCE.get(dtype, EXACT))
+
+
 @pytest.mark.parametrize("layout", ["positions", "channels", "strided"])
 @pytest.mark.parametrize("groups", [(12, 3), (72, 72), (130, 10), (140, 2), (96, 3)], ids=str)
 @pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
@@ -228,7 +236,7 @@ def test_many_batches_far_from_zero(covariance: Covariance, layout: str) -> None
 def test_an_outlier_where_the_shift_is_chosen(
     covariance: Covariance, dtype: torch.dtype, width: int, layout: str
 ) -> None:
-    x = normal_batch((1, width, 520 if width < 64 else 70), covariance.device)
+    x = normal_batch((1, width, 520 if width < 64 else 72), covariance.device)
     x[0, :, 0] = 6e4
     batches = [batch.to(dtype) for batch in (x, x[:, :, :1], x[:, :, 1:])]
     for some in (batches[:1], batches[1:]):  # at once, and where the outlier is all of the mean
@@ -243,7 +251,7 @@ def test_an_outlier_where_the_shift_is_chosen(
 @pytest.mark.parametrize("width", [8, 72])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bits_far_from_zero(covariance: Covariance, dtype: torch.dtype, width: int, layout: str) -> None:
-    x = normal_batch((2, width, 70), covariance.device)
+    x = normal_batch((2, width, 72), covariance.device)
     x[:, 1] += 300
     x = x.to(dtype)
     state = State.zero(width, 1, covariance.device)
@@ -283,20 +291,20 @@ def test_zeros(covariance: Covariance) -> None:
         assert (state.count, state.skipped, state.mean.norm(), state.comoment.norm()) == (18, 0, 0, 0)
 
 
-@pytest.mark.parametrize("layout", ["positions", "channels", "strided"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [(0, 0, 0), (1, 69, 20)])
+@pytest.mark.parametrize("layout", ["positions", "channels"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 39, 20)])
 @pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
 def test_a_batch_that_is_not_finite_is_left_out_and_counted(
     covariance: Covariance, dtype: torch.dtype, place: Shape, value: float, layout: str
 ) -> None:
-    x = exact_batch((4, 70, 21), covariance.device)
+    x = exact_batch((4, 40, 21), covariance.device)
     bad = x[:2].to(dtype, copy=True)
     bad[place] = value
-    state = State.zero(70, 1, covariance.device)
+    state = State.zero(40, 1, covariance.device)
     for batch in (bad, x[:2].to(dtype), bad, x[2:].to(dtype)):
         covariance(state, LAYOUTS[layout](batch))
-    expected = State.zero(70, 1, covariance.device).add(x)
+    expected = State.zero(40, 1, covariance.device).add(x)
     expected.skipped += 2
     assert_close(state, expected, TOLERANCE.get(dtype, 1e-13))
 

@@ -144,17 +144,17 @@ def test_loads_of_matrices(kernels: Kernels, transposed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "rounded"),
-    [
-        (1 + 2.0**-11, 1 + 2.0**-10),
-        (-1 - 2.0**-11, -1 - 2.0**-10),
-        (1 + 2.0**-12, 1.0),
-        (2 - 2.0**-23, 2.0),
-        (0.0, 0.0),
-    ],
+    ("x", "high"), [(1 + 2.0**-11, 1 + 2.0**-10), (-1 - 2.0**-11, -1 - 2.0**-10), (1 + 2.0**-12, 1), (2 - 2.0**-23, 2)]
 )
-def test_rounding_to_tf32(kernels: Kernels, x: float, rounded: float) -> None:
-    function = kernels.library.round_to_tf32
-    function.restype = ctypes.c_uint32
-    bits = function(ctypes.c_float(x))
-    assert ctypes.c_float.from_buffer(ctypes.c_uint32(bits)).value == rounded
+def test_a_float_is_split_in_two(kernels: Kernels, x: float, high: float) -> None:
+    parts = (ctypes.c_float * 2)()
+    kernels.library.split(ctypes.c_float(x), parts)
+    assert list(parts) == [high, x - high]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800000])
+def test_what_is_not_finite_is_never_lost(kernels: Kernels, bits: int) -> None:
+    x, parts = ctypes.c_float.from_buffer(ctypes.c_uint32(bits)), (ctypes.c_float * 2)()
+    kernels.library.split(x, parts)
+    kept = [value for value in torch.tensor(list(parts)).view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32)]
+    assert not all(value.isfinite() for value in kept)

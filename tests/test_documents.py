@@ -1,22 +1,48 @@
 """The tables in the documents are those of the result files, and the README's code runs."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from pcafast import load
 from pcafast.models import build
 
 REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "benchmarks/README.md")
+
+
+@pytest.fixture
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("render")
 
 
 def test_tables_are_up_to_date():
     command = [sys.executable, "benchmarks/render.py", "--check"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_table_stands_in_a_document_and_a_changed_one_is_made_anew(render):
+    texts = [(REPOSITORY / name).read_text() for name in DOCUMENTS]
+    assert [document.relative_to(REPOSITORY) for document in render.DOCUMENTS] == list(map(Path, DOCUMENTS))
+    assert {name for text in texts for name in re.findall(r"<!-- (\w+) -->\n", text)} - {"end"} == set(render.TABLES)
+    for text in texts:
+        assert "x |\n" in text
+        assert render.rendered(text.replace("x |\n", "y |\n")) == text
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_between_files_lead_somewhere(name):
+    document = REPOSITORY / name
+    links = re.findall(r"\]\((?!http)([^)]+)\)", document.read_text())
+    assert links
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ class AnyPanel {
   virtual void pack(const Samples& s, int64_t begin, int64_t end, int64_t first_channel, const double* shift,
                     double unit) = 0;
   virtual void add_sums(double* sums) const = 0;
-  virtual void multiply(int64_t begin, int64_t end, double* out) const = 0;
+  virtual void multiply(int64_t begin, int64_t end, double factor, double* out) const = 0;
 };
 
 // All that a panel does is inlined into these functions, which have the instruction set.
@@ -33,8 +33,8 @@ class AnyPanel {
       });                                                                                                           \
     }                                                                                                               \
     __VA_ARGS__ void add_sums(double* sums) const override { panel_.add_sums(sums); }                               \
-    __VA_ARGS__ void multiply(int64_t begin, int64_t end, double* out) const override {                             \
-      panel_.multiply(begin, end, out);                                                                             \
+    __VA_ARGS__ void multiply(int64_t begin, int64_t end, double factor, double* out) const override {              \
+      panel_.multiply(begin, end, factor, out);                                                                     \
     }                                                                                                               \
                                                                                                                     \
    private:                                                                                                         \

@@ -1,10 +1,10 @@
 // Covariance of channels on the CPU: centre, pack, and add up the products of channel pairs on and above the
 // diagonal, as for a symmetric rank-k update (see DESIGN, "Covariance").
 //
-// A batch is read once: the products of x - shift are summed in the input's precision over one packed panel at most and
-// in float64 from panel to panel. The shift is the mean of a few samples; if it turns out to be far from the mean of
-// all, the batch is read again. It is then merged into the running state by the pairwise formula of Chan, Golub and
-// LeVeque (1979).
+// A batch of a moderate number of channels is read once: the products of x - shift are summed in the input's precision
+// over a few hundred samples and in float64 from there. The shift is the mean of a few samples; if it turns out to be
+// far from the mean of all, the batch is read again. It is then merged into the running state by the pairwise formula
+// of Chan, Golub and LeVeque (1979).
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,7 +12,6 @@
 #include <memory>
 #include <numeric>
 #include <set>
-#include <type_traits>
 #include <vector>
 
 #include "../kernels.h"
@@ -23,8 +22,8 @@ namespace pcafast::cpu {
 namespace {
 
 constexpr int64_t kTaskRows = 64;  // rows of products that a thread takes at a time
-// Below this many doubles every slice of the batch gets a co-moment of its own.
-constexpr int64_t kPrivateDoubles = 1 << 18;
+// Up to as many channels, every slice of the batch has a co-moment of its own.
+constexpr int64_t kMostPrivate = 512;
 constexpr int64_t kSliceWork = 1 << 18;  // products that are worth a thread
 
 // Of the samples of one group of channels, about a shift: their sums (channels,), times their weights, and the sums of
@@ -33,38 +32,19 @@ struct Batch {
   std::vector<double> sums, products;
 };
 
-// Of the samples times `unit`.
-//
-// Small matrices: the samples are split over the threads, each with sums of its own, added up in order. Large ones: the
-// threads share the packed panel and split its rows.
+// Of the samples about the shift, multiplied in units of 1 / `unit`. The samples are split over the threads, each with
+// sums of its own, added up in order.
 Batch add_up(const Samples& s, int64_t first_channel, int64_t channels, const double* shift, double unit,
              int64_t slices) {
-  const int64_t square = channels * channels;
-  const bool split_samples = square <= kPrivateDoubles;
-  if (!split_samples) slices = 1;
-  const int64_t most = most_samples(channels), panels = (s.size() + most - 1) / most;
+  const int64_t square = channels * channels, most = most_samples(channels), panels = (s.size() + most - 1) / most;
   Batch batch{std::vector<double>(slices * channels), std::vector<double>(slices * square)};
   at::parallel_for(0, slices, 1, [&](int64_t slice_begin, int64_t slice_end) {
     const std::unique_ptr<AnyPanel> panel = panel_for(s.x.dtype, channels);
     for (int64_t slice = slice_begin; slice < slice_end; ++slice) {
       for (int64_t k = slice * panels / slices; k < (slice + 1) * panels / slices; ++k) {
-        const int64_t begin = k * most, end = std::min(begin + most, s.size());
-        double* const out = batch.products.data() + slice * square;
-        panel->pack(s, begin, end, first_channel, shift, unit);
+        panel->pack(s, k * most, std::min((k + 1) * most, s.size()), first_channel, shift, unit);
         panel->add_sums(batch.sums.data() + slice * channels);
-        if (split_samples) {
-          panel->multiply(0, channels, out);
-          continue;
-        }
-        // Blocks of rows, of which the upper are longer: every task has one from above and one from below.
-        const int64_t blocks = (channels + kTaskRows - 1) / kTaskRows;
-        at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t first, int64_t last) {
-          for (int64_t task = first; task < last; ++task) {
-            for (const int64_t block : std::set<int64_t>{task, blocks - 1 - task}) {
-              panel->multiply(block * kTaskRows, std::min((block + 1) * kTaskRows, channels), out);
-            }
-          }
-        });
+        panel->multiply(0, channels, 1, batch.products.data() + slice * square);
       }
     }
   });
@@ -75,6 +55,25 @@ Batch add_up(const Samples& s, int64_t first_channel, int64_t channels, const do
   batch.sums.resize(channels);
   batch.products.resize(square);
   return batch;
+}
+
+// Adds the products of the samples about the shift, times `factor`, to the upper triangle of `products`. The threads
+// share the packed panel and split its rows.
+void add_up_in_place(const Samples& s, int64_t first_channel, int64_t channels, const double* shift, double unit,
+                     double factor, double* products) {
+  const std::unique_ptr<AnyPanel> panel = panel_for(s.x.dtype, channels);
+  const int64_t most = most_samples(channels), blocks = (channels + kTaskRows - 1) / kTaskRows;
+  for (int64_t begin = 0; begin < s.size(); begin += most) {
+    panel->pack(s, begin, std::min(begin + most, s.size()), first_channel, shift, unit);
+    // Blocks of rows, of which the upper are longer: every task has one from above and one from below.
+    at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        for (const int64_t block : std::set<int64_t>{task, blocks - 1 - task}) {
+          panel->multiply(block * kTaskRows, std::min((block + 1) * kTaskRows, channels), factor, products);
+        }
+      }
+    });
+  }
 }
 
 double largest_deviation(const Samples& s, int64_t first_channel, int64_t channels, const double* shift) {
@@ -148,18 +147,91 @@ std::vector<double> rough_mean(const Samples& s) {
   return sums;
 }
 
-// Fills the lower triangle from the upper, in blocks that keep both in cache.
-void mirror(double* square, int64_t size) {
-  constexpr int64_t kBlock = 64;
+// The batch's mean and the weight of its samples, and where that mean is from the shift that it was centred on.
+struct Means {
+  double added;
+  std::vector<double> mean, from_shift;
+};
+
+// Merges a batch into a running co-moment and mirrors it. With `products` given, those of the batch about the shift;
+// else they have been added to the upper triangle already.
+void merge(const CovarianceArgs& args, const Means& batch, int64_t group, const double* products) {
+  constexpr int64_t kBlock = 64;  // of rows and columns that stay in cache
+  const int64_t size = args.x.channels / args.groups, first = group * size;
+  const double square = args.scale * args.scale, weight = *args.count * batch.added / (*args.count + batch.added);
+  double* const comoment = args.comoment + group * size * size;
+  std::vector<double> delta(size);
+  for (int64_t c = 0; c < size; ++c) delta[c] = batch.mean[first + c] * args.scale - args.mean[first + c];
+  const double* const from_shift = batch.from_shift.data() + first;
   at::parallel_for(0, (size + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * kBlock; row < std::min(end * kBlock, size); row += kBlock) {
-      for (int64_t column = 0; column <= row; column += kBlock) {
+      for (int64_t column = row; column < size; column += kBlock) {
+        const int64_t last = std::min(column + kBlock, size);
         for (int64_t i = row; i < std::min(row + kBlock, size); ++i) {
-          for (int64_t j = column; j < std::min(column + kBlock, i); ++j) square[i * size + j] = square[j * size + i];
+          const double of_shift = batch.added * from_shift[i] * square, of_delta = weight * delta[i];
+          double* const to = comoment + i * size;
+          for (int64_t j = std::max(i, column); j < last; ++j) to[j] += of_delta * delta[j] - of_shift * from_shift[j];
+          if (products == nullptr) continue;
+          for (int64_t j = std::max(i, column); j < last; ++j) to[j] += products[i * size + j] * square;
+        }
+        for (int64_t j = column; j < last; ++j) {
+          for (int64_t i = row; i < std::min(row + kBlock, j); ++i) comoment[j * size + i] = comoment[i * size + j];
         }
       }
     }
   });
+}
+
+void advance(const CovarianceArgs& args, const Means& batch) {
+  const double total = *args.count + batch.added;
+  for (int64_t c = 0; c < args.x.channels; ++c) {
+    args.mean[c] += (batch.mean[c] * args.scale - args.mean[c]) * (batch.added / total);
+  }
+  *args.count = total;
+}
+
+// To the working type, in which it is subtracted.
+void round_to(Dtype dtype, std::vector<double>& shift) {
+  if (dtype == Dtype::kFloat64) return;
+  for (double& value : shift) value = static_cast<float>(value);
+}
+
+// Many channels: there is time for a pass over the batch that finds its mean and whether it counts, but none for a
+// matrix beside the running one.
+void update_in_place(const CovarianceArgs& args) {
+  const Samples s{args.x, nullptr};
+  const int64_t channels = args.x.channels, width = channels / args.groups;
+  std::vector<double> moments(4 * channels);  // mean, centred squares, absolute, zeros
+  double count = 0;
+  int64_t skipped = 0;
+  MomentsArgs of_batch{args.x,
+                       &count,
+                       moments.data(),
+                       moments.data() + channels,
+                       moments.data() + 2 * channels,
+                       moments.data() + 3 * channels,
+                       &skipped,
+                       nullptr};
+  std::vector<double> workspace(channel_moments_workspace(of_batch));
+  of_batch.workspace = workspace.data();
+  channel_moments_update(of_batch);
+  if (skipped > 0) {
+    ++*args.skipped;
+    return;
+  }
+  Means batch{count, {moments.begin(), moments.begin() + channels}, {}};
+  std::vector<double> shift = batch.mean;
+  round_to(args.x.dtype, shift);
+  for (int64_t c = 0; c < channels; ++c) batch.from_shift.push_back(batch.mean[c] - shift[c]);
+  // Squares of very large or small float32 are no float32.
+  const double largest = *std::max_element(moments.begin() + channels, moments.begin() + 2 * channels) / count;
+  const double unit = largest > 0 ? std::exp2(std::clamp(-std::ilogb(largest) / 2, -126, 126)) : 1;
+  for (int64_t g = 0; g < args.groups; ++g) {
+    double* const comoment = args.comoment + g * width * width;
+    add_up_in_place(s, g * width, width, shift.data(), unit, args.scale * args.scale / (unit * unit), comoment);
+    merge(args, batch, g, nullptr);
+  }
+  advance(args, batch);
 }
 
 }  // namespace
@@ -167,59 +239,39 @@ void mirror(double* square, int64_t size) {
 void covariance_update(const CovarianceArgs& args) {
   const Samples s{args.x, args.weight};
   const int64_t channels = args.x.channels, width = channels / args.groups;
+  if (width > kMostPrivate && s.weight == nullptr) return update_in_place(args);
   const int64_t work = s.size() * channels * std::max<int64_t>(1, width / 2);
-  const int64_t slices = std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
+  const int64_t slices = width > kMostPrivate ? 1 : std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
 
-  double added = static_cast<double>(s.size());
-  if (s.weight != nullptr) added = std::accumulate(s.weight, s.weight + s.size(), 0.0);
-  if (added == 0) return;
+  Means batch{static_cast<double>(s.size()), rough_mean(s), std::vector<double>(channels)};
+  if (s.weight != nullptr) batch.added = std::accumulate(s.weight, s.weight + s.size(), 0.0);
+  if (batch.added == 0) return;
 
-  std::vector<double> shift = rough_mean(s);
-  const auto round_shift = [&] {  // to the working type, in which it is subtracted
-    if (args.x.dtype == Dtype::kFloat64) return;
-    for (double& value : shift) value = static_cast<float>(value);
-  };
-  round_shift();
+  std::vector<double>& shift = batch.mean;
+  round_to(args.x.dtype, shift);
   // Nothing is committed before all groups are known to be finite.
-  std::vector<Batch> batches(args.groups);
+  std::vector<Batch> groups(args.groups);
   bool finite = true;
   for (int64_t g = 0; g < args.groups && finite; ++g) {
-    Batch& batch = batches[g];
-    batch = add_up_in_range(s, g * width, width, shift.data(), slices);
-    if (!is_centred(batch, added)) {
-      for (int64_t c = 0; c < width; ++c) shift[g * width + c] += batch.sums[c] / added;
-      round_shift();
-      batch = add_up_in_range(s, g * width, width, shift.data(), slices);
+    Batch& group = groups[g];
+    group = add_up_in_range(s, g * width, width, shift.data(), slices);
+    if (!is_centred(group, batch.added)) {
+      for (int64_t c = 0; c < width; ++c) shift[g * width + c] += group.sums[c] / batch.added;
+      round_to(args.x.dtype, shift);
+      group = add_up_in_range(s, g * width, width, shift.data(), slices);
     }
-    for (int64_t c = 0; c < width; ++c) finite &= std::isfinite(batch.products[c * (width + 1)]);
+    for (int64_t c = 0; c < width; ++c) finite &= std::isfinite(group.products[c * (width + 1)]);
   }
   if (!finite) {
     ++*args.skipped;
     return;
   }
-
-  const double count = *args.count, total = count + added, square = args.scale * args.scale;
-  std::vector<double> from_shift(channels),
-      delta(channels);  // where the batch's mean is from the shift, the running mean
   for (int64_t c = 0; c < channels; ++c) {
-    from_shift[c] = batches[c / width].sums[c % width] / added;
-    delta[c] = (shift[c] + from_shift[c]) * args.scale - args.mean[c];
-    args.mean[c] += delta[c] * (added / total);
+    batch.from_shift[c] = groups[c / width].sums[c % width] / batch.added;
+    batch.mean[c] += batch.from_shift[c];
   }
-  for (int64_t g = 0; g < args.groups; ++g) {
-    double* comoment = args.comoment + g * width * width;
-    const double *f = &from_shift[g * width], *d = &delta[g * width];
-    at::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const double of_shift = added * f[i] * square, of_delta = d[i] * (count * added / total);
-        for (int64_t j = i; j < width; ++j) {
-          comoment[i * width + j] += batches[g].products[i * width + j] * square - of_shift * f[j] + of_delta * d[j];
-        }
-      }
-    });
-    mirror(comoment, width);
-  }
-  *args.count = total;
+  for (int64_t g = 0; g < args.groups; ++g) merge(args, batch, g, groups[g].products.data());
+  advance(args, batch);
 }
 
 }  // namespace pcafast::cpu

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "../kernels.h"
+#include "tile.h"
 #include "vectors.h"
 
 namespace pcafast::cpu {
@@ -33,7 +34,7 @@ inline void for_each_run(const ChannelView& x, int64_t begin, int64_t end, Use&&
 }
 
 // Of a panel. Where the products are too many for the cache it is worth to have more samples before adding to them.
-inline int64_t most_samples(int64_t channels) { return channels <= 512 ? 256 : 1024; }
+inline int64_t most_samples(int64_t channels) { return std::clamp<int64_t>((channels + 255) / 256 * 256, 256, 1024); }
 
 template <class Vector>
 class Panel : Lanes<Vector> {
@@ -61,6 +62,9 @@ class Panel : Lanes<Vector> {
     samples_ = 0;
     for_each_run(x, begin, end, [&](int64_t offset, int64_t first, int64_t length) {
       const T* const data = static_cast<const T*>(x.data) + first_channel * x.channel_stride + offset;
+      // The next panel's samples come from memory while this one's are multiplied.
+      const int64_t next = std::min(first + end - begin, s.size() - 1);
+      ahead_ = next / x.positions * x.example_stride + next % x.positions * x.position_stride - offset;
       if (s.weight == nullptr) {
         pack_run(data, x.channel_stride, x.position_stride, length, unit_);
         return;
@@ -87,18 +91,20 @@ class Panel : Lanes<Vector> {
     }
   }
 
-  // Adds the products of channels i and j to out[i * channels + j], for i in [begin, end) and j >= i; what it leaves
-  // where j < i has no meaning. `begin` is a multiple of kRows. The vectors are taken in groups that stay in cache.
-  void multiply(int64_t begin, int64_t end, double* out) const {
+  // Adds the products of channels i and j, times `factor`, to out[i * channels + j], for i in [begin, end) and j >= i;
+  // what it leaves where j < i has no meaning. `begin` is a multiple of kRows. The vectors are taken in groups that
+  // stay in cache.
+  void multiply(int64_t begin, int64_t end, double factor, double* out) const {
     const int64_t group = std::max<int64_t>(3, kCachedBytes / (capacity_ * kBytes) / 3 * 3);
     for (int64_t last = std::min(begin / kLanes / group * group + group, blocks_);;
          last = std::min(last + group, blocks_)) {
       for (int64_t row = begin; row < end; row += kRows) {
         int64_t block = std::max(row / kLanes, (last - 1) / group * group);
-        for (; block + 3 <= last; block += 3) add_tile<kRows, 3>(row, block, out);
-        if (block + 2 == last) add_tile<kRows, 2>(row, block, out);
+        for (; block + 3 <= last; block += 3) add_tile<kRows, 3>(row, block, factor, out);
+        if (block + 2 == last) add_tile<kRows, 2>(row, block, factor, out);
         if (block + 1 == last) {
-          channels_ - row <= kRows / 2 ? add_tile<kRows / 2, 1>(row, block, out) : add_tile<kRows, 1>(row, block, out);
+          channels_ - row <= kRows / 2 ? add_tile<kRows / 2, 1>(row, block, factor, out)
+                                       : add_tile<kRows, 1>(row, block, factor, out);
         }
       }
       if (last == blocks_) return;
@@ -119,6 +125,7 @@ class Panel : Lanes<Vector> {
     if (channel_stride == 1) {
       for (; i < count; ++i) {
         for (int64_t b = 0; b < whole_blocks; ++b) {
+          __builtin_prefetch(data + i * position_stride + b * kLanes + ahead_, 0, 2);
           packed(b)[samples_ + i] = (load(data + i * position_stride + b * kLanes) - centre(b)) * unit;
         }
       }
@@ -152,6 +159,7 @@ class Panel : Lanes<Vector> {
     Vector tile[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int64_t c = block * kLanes + l;
+      __builtin_prefetch(data + c * channel_stride + ahead_, 0, 2);
       tile[l] = (load(data + c * channel_stride) - centre_[c]) * unit;
     }
     this->transpose(tile);
@@ -160,34 +168,19 @@ class Panel : Lanes<Vector> {
 
   // Sums a few hundred products at most before it goes on in float64.
   template <int kCount, int kVectors>
-  void add_tile(int64_t row, int64_t block, double* out) const {
+  void add_tile(int64_t row, int64_t block, double factor, double* out) const {
     constexpr int64_t kTogether = 256;
-    const Vector* const left = packed(block);
-    const Work* const right = (const Work*)packed(row / kLanes) + row % kLanes;
-    double total[kCount][kVectors * kLanes] = {};
+    const int64_t column = block * kLanes;
     for (int64_t first = 0; first < samples_; first += kTogether) {
-      Vector sum[kCount][kVectors] = {};
-      for (int64_t s = first; s < std::min(first + kTogether, samples_); ++s) {
-        Vector sample[kVectors];
-        for (int v = 0; v < kVectors; ++v) sample[v] = left[v * capacity_ + s];
-        for (int r = 0; r < kCount; ++r) {
-          for (int v = 0; v < kVectors; ++v) sum[r][v] += sample[v] * right[s * kLanes + r];
-        }
-      }
-      for (int r = 0; r < kCount; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          for (int l = 0; l < kLanes; ++l) total[r][v * kLanes + l] += sum[r][v][l];
-        }
-      }
-    }
-    const int64_t column = block * kLanes, columns = std::min<int64_t>(kVectors * kLanes, channels_ - column);
-    for (int64_t r = 0; r < std::min<int64_t>(kCount, channels_ - row); ++r) {
-      double* const to = out + (row + r) * channels_ + column;
-      for (int64_t l = 0; l < columns; ++l) to[l] += total[r][l];
+      const Run run = {first, first, std::min(kTogether, samples_ - first)};
+      const Work* const rows = (const Work*)packed(row / kLanes) + row % kLanes;
+      Tiles<Vector>::template add<Vector, kCount, kVectors>(
+          {rows, packed(block), capacity_, &run, &run + 1, 1},
+          {out + row * channels_ + column, channels_, channels_ - row, channels_ - column, factor});
     }
   }
 
-  int64_t channels_, capacity_, blocks_, samples_ = 0;
+  int64_t channels_, capacity_, blocks_, samples_ = 0, ahead_ = 0;
   std::unique_ptr<Vector[]> packed_;
   std::unique_ptr<Work[]> centre_;
   std::unique_ptr<Work[]> roots_;  // of the samples' weights

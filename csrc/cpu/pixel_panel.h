@@ -8,14 +8,10 @@
 #include <memory>
 
 #include "pixel_grid.h"
+#include "tile.h"
 #include "vectors.h"
 
 namespace pcafast::cpu {
-
-// Consecutive pixels (steps apart, where the lattices have steps) and their partners.
-struct Run {
-  int64_t first, partner, length;
-};
 
 // Rows [row, row + rows) of `examples` maps from `example` on.
 struct Band {
@@ -186,25 +182,9 @@ class PixelPanel : Lanes<Vector> {
   template <int kCount, int kVectors>
   void add_tile(const PixelPanel& partners, int64_t row, int64_t block, const Run* begin, const Run* end, int64_t step,
                 double* out, int64_t stride) const {
-    const Work* const rows = (const Work*)packed(row / kLanes) + row % kLanes;
-    const Vector* const columns = partners.packed(block);
-    Vector sum[kCount][kVectors] = {};
-    for (const Run* run = begin; run < end; ++run) {
-      const Work* first = rows + run->first * kLanes;
-      const Vector* partner = columns + run->partner;
-      for (int64_t i = 0; i < run->length; ++i, first += step * kLanes, partner += step) {
-        Vector pixel[kVectors];
-        for (int v = 0; v < kVectors; ++v) pixel[v] = partner[v * capacity_];
-        for (int r = 0; r < kCount; ++r) {
-          for (int v = 0; v < kVectors; ++v) sum[r][v] += pixel[v] * first[r];
-        }
-      }
-    }
-    for (int r = 0; r < kCount; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        for (int l = 0; l < kLanes; ++l) out[r * stride + v * kLanes + l] += sum[r][v][l];
-      }
-    }
+    Tiles<Vector>::template add<Vector, kCount, kVectors>(
+        {(const Work*)packed(row / kLanes) + row % kLanes, partners.packed(block), capacity_, begin, end, step},
+        {out, stride, kCount, kVectors * kLanes, 1});
   }
 
   int64_t capacity_, entries_ = 0, pixels_ = 0;

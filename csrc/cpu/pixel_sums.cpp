@@ -36,7 +36,8 @@ class Cells {
         const auto [start, count] = run;
         in[number] = k >= start && (k - start) % step_ == 0 && (k - start) / step_ < count;
       }
-      of_[k] = cells.try_emplace(in, static_cast<int64_t>(cells.size())).first->second;
+      const bool in_any = std::find(in.begin(), in.end(), true) != in.end();
+      of_[k] = in_any ? cells.try_emplace(in, static_cast<int64_t>(cells.size())).first->second : -1;
     }
     inside_.resize(runs_.size());
     for (const auto& [in, cell] : cells) {
@@ -48,6 +49,7 @@ class Cells {
   }
 
   int64_t count() const { return count_; }
+  // -1 for a pixel in none of the runs.
   int64_t of(int64_t k) const { return of_[k]; }
   const std::vector<int64_t>& inside(int64_t run) const { return inside_[run]; }
 
@@ -78,54 +80,65 @@ PCAFAST_MULTIARCH void add_row(const T* from, int64_t stride, int64_t count, dou
   *largest = most;
 }
 
+// Columns of the map that are some lattice's and no zeros, and lie at one distance in the input.
+struct Stretch {
+  int64_t first, source, step, count;  // `first` is counted among all such columns
+};
+
 struct Reader {
   const PatchCovarianceArgs& args;
   const Cells &rows, &columns;
   double* sums;  // (channels, row cells, column cells)
+  std::vector<int64_t> column_cells;
+  std::vector<Stretch> stretches;
+
+  Reader(const PatchCovarianceArgs& args, const Cells& rows, const Cells& columns, double* sums)
+      : args(args), rows(rows), columns(columns), sums(sums) {
+    for (int64_t column = 0; column < args.width; ++column) {
+      const int64_t source = args.source_columns[column], number = column_cells.size();
+      if (columns.of(column) < 0 || source < 0) continue;
+      column_cells.push_back(columns.of(column));
+      if (!stretches.empty()) {
+        Stretch& last = stretches.back();
+        if (last.count == 1) last.step = source - last.source;
+        if (source == last.source + last.count * last.step) {
+          ++last.count;
+          continue;
+        }
+      }
+      stretches.push_back({number, source, 1, 1});
+    }
+  }
 
   int64_t cells() const { return rows.count() * columns.count(); }
 
-  // Calls use(first element of the row in channel 0, row) for all rows that are no zeros.
+  // Calls use(first element of the row in channel 0, its cell) for all rows that are some lattice's and no zeros.
   template <class T, class Use>
   void for_each_row(Use&& use) const {
     const MapView& x = args.x;
     for (int64_t n = 0; n < x.examples; ++n) {
       for (int64_t y = 0; y < args.height; ++y) {
-        if (args.source_rows[y] < 0) continue;
-        use(static_cast<const T*>(x.data) + n * x.example_stride + args.source_rows[y] * x.row_stride, y);
+        if (rows.of(y) < 0 || args.source_rows[y] < 0) continue;
+        use(static_cast<const T*>(x.data) + n * x.example_stride + args.source_rows[y] * x.row_stride, rows.of(y));
       }
     }
-  }
-
-  // Columns whose source is the one before's neighbour.
-  int64_t run_length(int64_t column) const {
-    int64_t length = 1;
-    while (column + length < args.width &&
-           args.source_columns[column + length] == args.source_columns[column] + length) {
-      ++length;
-    }
-    return length;
   }
 
   template <class T>
   double read_channel(int64_t channel) const {
     const MapView& x = args.x;
-    std::vector<double> by_column(rows.count() * args.width);
+    const int64_t width = column_cells.size();
+    std::vector<double> by_column(rows.count() * width);
     double largest = 0;
-    for_each_row<T>([&](const T* row, int64_t y) {
-      double* const to = by_column.data() + rows.of(y) * args.width;
-      for (int64_t column = 0, length; column < args.width; column += length) {
-        length = 1;
-        if (args.source_columns[column] < 0) continue;
-        length = run_length(column);
-        const T* const from = row + channel * x.channel_stride + args.source_columns[column] * x.column_stride;
-        add_row(from, x.column_stride, length, to + column, &largest);
+    for_each_row<T>([&](const T* row, int64_t cell) {
+      for (const Stretch& stretch : stretches) {
+        add_row(row + channel * x.channel_stride + stretch.source * x.column_stride, stretch.step * x.column_stride,
+                stretch.count, by_column.data() + cell * width + stretch.first, &largest);
       }
     });
+    double* const to = sums + channel * cells();
     for (int64_t cell = 0; cell < rows.count(); ++cell) {
-      for (int64_t column = 0; column < args.width; ++column) {
-        sums[channel * cells() + cell * columns.count() + columns.of(column)] += by_column[cell * args.width + column];
-      }
+      for (int64_t k = 0; k < width; ++k) to[cell * columns.count() + column_cells[k]] += by_column[cell * width + k];
     }
     return largest;
   }
@@ -135,11 +148,13 @@ struct Reader {
     const MapView& x = args.x;
     std::vector<double> by_cell(cells() * kTogether);
     double largest = 0;
-    for_each_row<T>([&](const T* row, int64_t y) {
-      for (int64_t column = 0; column < args.width; ++column) {
-        if (args.source_columns[column] < 0) continue;
-        add_row(row + args.source_columns[column] * x.column_stride + first, 1, count,
-                by_cell.data() + (rows.of(y) * columns.count() + columns.of(column)) * kTogether, &largest);
+    for_each_row<T>([&](const T* row, int64_t cell) {
+      for (const Stretch& stretch : stretches) {
+        for (int64_t k = 0; k < stretch.count; ++k) {
+          const int64_t of_both = cell * columns.count() + column_cells[stretch.first + k];
+          add_row(row + (stretch.source + k * stretch.step) * x.column_stride + first, 1, count,
+                  by_cell.data() + of_both * kTogether, &largest);
+        }
       }
     });
     for (int64_t c = 0; c < count; ++c) {
@@ -170,7 +185,7 @@ PixelSums sum_pixels(const PatchCovarianceArgs& args) {
   columns.cut();
 
   std::vector<double> cells(channels * rows.count() * columns.count());
-  const Reader reader{args, rows, columns, cells.data()};
+  const Reader reader(args, rows, columns, cells.data());
   const bool neighbours = args.x.channel_stride == 1 && args.x.column_stride != 1;
   const int64_t together = neighbours ? kTogether : 1, blocks = (channels + together - 1) / together;
   std::vector<double> largest(blocks);

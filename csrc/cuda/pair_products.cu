@@ -26,7 +26,7 @@ int64_t wave(const PairBatch& batch) {
 // Sizes alone; and how the lattices are cut.
 PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) {
   // Samples of a piece: fewer are not worth a block, of more the sums in float would lose accuracy.
-  constexpr int64_t kFewest = 512, kMost = 1 << 16;
+  constexpr int64_t kFewest = 128, kMost = 1 << 16;
   const int64_t width = x.channels / x.groups;
   PairBatch batch = {};
   batch.x = x;
@@ -75,17 +75,9 @@ double* place(PairBatch& batch, int64_t entries, double* begin) {
   return begin;
 }
 
-// Numbers that come with the launch, so that it can be recorded and played again.
-struct Numbers {
-  static constexpr int kMost = 480;
-  int64_t values[kMost];
-};
-__global__ void __launch_bounds__(kSumThreads) write_numbers(Numbers numbers, int count, int64_t* out) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = numbers.values[i];
-}
-
-void write_tables(const PairBatch& batch, const std::vector<Lattice>& lattices, const PairTables& tables,
-                  cudaStream_t stream) {
+// All but the first numbers are written by launches of their own; the first are returned.
+Numbers write_tables(const PairBatch& batch, const std::vector<Lattice>& lattices, const PairTables& tables,
+                     cudaStream_t stream) {
   std::vector<int64_t> all;
   const auto append = [&](const auto& table) {
     static_assert(sizeof table[0] % sizeof(int64_t) == 0);
@@ -97,13 +89,17 @@ void write_tables(const PairBatch& batch, const std::vector<Lattice>& lattices, 
   append(lattices);
   append(tables.slots);
   append(tables.entries);
-  int64_t* const out = reinterpret_cast<int64_t*>(batch.lattices);
-  for (size_t done = 0; done < all.size(); done += Numbers::kMost) {
+  const auto part = [&](size_t begin) {
     Numbers numbers;
-    const size_t count = std::min<size_t>(all.size() - done, Numbers::kMost);
-    std::copy_n(all.data() + done, count, numbers.values);
-    launch(write_numbers, dim3(1), dim3(kSumThreads), 0, stream, numbers, static_cast<int>(count), out + done);
+    numbers.out = reinterpret_cast<int64_t*>(batch.lattices) + begin;
+    numbers.count = std::min<size_t>(all.size() - begin, Numbers::kMost);
+    std::copy_n(all.data() + begin, numbers.count, numbers.values);
+    return numbers;
+  };
+  for (size_t begin = Numbers::kMost; begin < all.size(); begin += Numbers::kMost) {
+    launch(write_numbers, dim3(1), dim3(kSumThreads), 0, stream, part(begin));
   }
+  return part(0);
 }
 
 // Whether `width` elements side by side are aligned wherever they are read.
@@ -140,6 +136,7 @@ struct Pass {
       run<Tiling<Kind, kTile, false>, Staging, T, kWidth>();
     }
   }
+  // 16-bit elements: as they are, or about a shift.
   template <typename T, int kTile>
   void raw(bool channels_inside, int width) const {
     if (width == 8) {
@@ -150,9 +147,21 @@ struct Pass {
       with_layout<Half<T>, RegisterStaging, T, 1, kTile>(channels_inside);
     }
   }
+  template <typename T, int kTile>
+  void shifted(bool channels_inside, int width) const {
+    if (width >= 4) {
+      with_layout<Single, RegisterStaging, T, 4, kTile>(channels_inside);
+    } else {
+      with_layout<Single, RegisterStaging, Any, 1, kTile>(channels_inside);
+    }
+  }
   template <typename T>
-  void raw(bool channels_inside, int width) const {
-    batch.tile == 128 ? raw<T, 128>(channels_inside, width) : raw<T, 64>(channels_inside, width);
+  void halves(bool channels_inside, int width) const {
+    if (is_raw(batch.x) && number == 0) {
+      batch.tile == 128 ? raw<T, 128>(channels_inside, width) : raw<T, 64>(channels_inside, width);
+    } else {
+      batch.tile == 128 ? shifted<T, 128>(channels_inside, width) : shifted<T, 64>(channels_inside, width);
+    }
   }
 };
 
@@ -160,30 +169,19 @@ void multiply(const PairBatch& batch, const std::vector<Lattice>& lattices, int 
   const Samples& x = batch.x;
   const Pass pass{batch, number, stream};
   const bool channels_inside = x.channel_stride == 1 || x.column_stride != 1;
-  const bool raw = is_raw(x) && number == 0;
+  const auto fit = [&](int width, int bytes) { return vectors_fit(batch, lattices, channels_inside, width, bytes); };
   if (x.dtype == Dtype::kFloat64) {
-    vectors_fit(batch, lattices, channels_inside, 2, 8)
-        ? pass.with_layout<Double, RegisterStaging, double, 2, 64>(channels_inside)
-        : pass.with_layout<Double, RegisterStaging, double, 1, 64>(channels_inside);
-  } else if (raw) {
-    const auto fit = [&](int width) { return vectors_fit(batch, lattices, channels_inside, width, 2); };
-    const int width = fit(8) ? 8 : fit(4) ? 4 : 1;
-    x.dtype == Dtype::kFloat16 ? pass.raw<Float16>(channels_inside, width) : pass.raw<BFloat16>(channels_inside, width);
-  } else if (x.dtype == Dtype::kFloat32 && x.weight == nullptr) {
-    vectors_fit(batch, lattices, channels_inside, 4, 4)
-        ? pass.with_layout<Single, RegisterStaging, float, 4, 64>(channels_inside)
-        : pass.with_layout<Single, RegisterStaging, float, 1, 64>(channels_inside);
-  } else if (batch.tile == 128) {
-    pass.with_layout<Single, RegisterStaging, Any, 1, 128>(channels_inside);
+    fit(2, 8) ? pass.with_layout<Double, RegisterStaging, double, 2, 64>(channels_inside)
+              : pass.with_layout<Double, RegisterStaging, double, 1, 64>(channels_inside);
+  } else if (x.dtype == Dtype::kFloat32) {
+    fit(4, 4)             ? pass.with_layout<Single, RegisterStaging, float, 4, 64>(channels_inside)
+    : x.weight == nullptr ? pass.with_layout<Single, RegisterStaging, float, 1, 64>(channels_inside)
+                          : pass.with_layout<Single, RegisterStaging, Any, 1, 64>(channels_inside);
   } else {
-    pass.with_layout<Single, RegisterStaging, Any, 1, 64>(channels_inside);
+    const int width = fit(8, 2) ? 8 : fit(4, 2) ? 4 : 1;
+    x.dtype == Dtype::kFloat16 ? pass.halves<Float16>(channels_inside, width)
+                               : pass.halves<BFloat16>(channels_inside, width);
   }
-}
-
-int power_of_two(int64_t at_least, int most) {
-  int result = 1;
-  while (result < at_least && result < most) result *= 2;
-  return result;
 }
 
 }  // namespace
@@ -200,24 +198,25 @@ void update_pairs(const Samples& x, const PairTables& tables, const PairState& s
   std::vector<Lattice> lattices = tables.lattices;
   PairBatch batch = plan(x, lattices, tables.slots.size());
   place(batch, tables.entries.size(), workspace);
-  write_tables(batch, lattices, tables, stream);
 
   const dim3 threads(kSumThreads);
   const unsigned warps = ceil_div(x.channels, kSumThreads / kWarp), slots = batch.slots;
   const auto fewer = [&](const Lattice& a, const Lattice& b) { return samples_of(x, a) < samples_of(x, b); };
-  const int64_t largest = std::max_element(lattices.begin(), lattices.end(), fewer) - lattices.begin();
+  const Lattice& largest = *std::max_element(lattices.begin(), lattices.end(), fewer);
   const bool raw = is_raw(x);
+  launch(choose_shift, dim3(warps), threads, 0, stream, batch, largest, raw || batch.blocks == 0,
+         write_tables(batch, lattices, tables, stream));
   if (x.weight != nullptr) launch(add_weights, dim3(1), dim3(1024), 0, stream, batch);
-  launch(choose_shift, dim3(warps), threads, 0, stream, batch, largest, raw || batch.blocks == 0);
   for (const int pass : {0, 1}) {
     if (batch.blocks > 0) multiply(batch, lattices, pass, stream);
-    launch(add_channel_sums, dim3(warps, slots), threads, 0, stream, batch, pass);
-    if (pass == 0) launch(judge, dim3(ceil_div(x.channels, kSumThreads)), threads, 0, stream, batch, raw);
+    launch(add_channel_sums, dim3(warps, slots), threads, 0, stream, batch, pass, raw);
+    if (pass == 0 && slots > 1) launch(judge, dim3(ceil_div(x.channels, kSumThreads)), threads, 0, stream, batch, raw);
   }
   int64_t pieces = 1;
   for (const Lattice& lattice : lattices) pieces = std::max(pieces, lattice.pieces);
   const unsigned strips = ceil_div(x.channels / x.groups, kWarp) * x.channels;
-  launch(commit_products, dim3(strips, slots), dim3(kWarp, power_of_two(pieces, kShares)), 0, stream, batch, state);
+  launch(commit_products, dim3(strips, slots), dim3(kWarp, std::min<int64_t>(pieces, kShares)), 0, stream, batch,
+         state);
   launch(commit_means, dim3(slots), threads, 0, stream, batch, state);
 }
 

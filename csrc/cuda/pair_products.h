@@ -1,8 +1,10 @@
 // The products of pairs of samples: each block those of two tiles of channels, over one piece of a lattice.
 #pragma once
 
-#include "pair_kinds.h"
+#include "pair_double.h"
+#include "pair_half.h"
 #include "pair_plan.h"
+#include "pair_single.h"
 #include "pair_staging.h"
 
 namespace pcafast::cuda {

@@ -205,7 +205,7 @@ class RegisterStaging {
         staged.values[j] = loaded.values[j].bits;
       } else if (valid) {
         const int channel = Share::channel(i) + (Tiling::kChannelsInside ? j : 0);
-        staged.values[j] = fma(loaded.values[j], unit_, -offsets_[o * Tiling::kTile + channel]) * weight;
+        staged.values[j] = fma(to_real(loaded.values[j]), unit_, -offsets_[o * Tiling::kTile + channel]) * weight;
       }
     }
     *reinterpret_cast<Neighbours<Staged, kWidth>*>(tiles(chunk) + o * Tiling::kElements + Share::place(i)) = staged;

@@ -8,7 +8,7 @@ namespace pcafast::cuda {
 
 constexpr int kSumThreads = 256;
 
-// One block. Shared memory for what it adds up.
+// One block.
 __global__ void __launch_bounds__(1024) add_weights(PairBatch batch) {
   __shared__ double sums[1024 / kWarp];
   const int64_t samples = batch.slot[0].count;
@@ -22,14 +22,29 @@ __global__ void __launch_bounds__(1024) add_weights(PairBatch batch) {
   *batch.weight = sum;
 }
 
+// Numbers that come with a launch, so that it can be recorded and played again.
+struct Numbers {
+  static constexpr int kMost = 448;
+  int64_t* out;
+  int count;
+  int64_t values[kMost];
+};
+// One block. Takes the tables to the workspace.
+__global__ void __launch_bounds__(kSumThreads) write_numbers(Numbers numbers) {
+  for (int i = threadIdx.x; i < numbers.count; i += blockDim.x) numbers.out[i] = numbers.values[i];
+}
+
 // The shift of the first pass, near the mean of every channel: a warp takes a few samples of it from all over a
 // lattice. Those as they are need none.
-__global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, int64_t of_lattice, bool raw) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) batch.verdicts[0] = batch.verdicts[1] = {};
+__global__ void __launch_bounds__(kSumThreads)
+    choose_shift(PairBatch batch, Lattice lattice, bool raw, Numbers numbers) {
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) batch.verdicts[0] = batch.verdicts[1] = {};
+    for (int i = threadIdx.x; i < numbers.count; i += blockDim.x) numbers.out[i] = numbers.values[i];
+  }
   const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
   if (channel >= batch.x.channels) return;
   const Samples& x = batch.x;
-  const Lattice& lattice = batch.lattices[of_lattice];
   constexpr int kSamples = 64;
   double sum = 0, taken = 0;
   for (int i = threadIdx.x % kWarp; i < kSamples && !raw; i += kWarp) {
@@ -50,8 +65,39 @@ __global__ void __launch_bounds__(kSumThreads) choose_shift(PairBatch batch, int
   batch.shift[channel] = shift;
 }
 
-// A warp to a channel of a slot: adds up what the blocks left of it.
-__global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch, int pass) {
+// Whether the first pass will do for a channel, of all samples that are their own partners; and the shift of the second
+// one.
+__device__ inline void judge_channel(const PairBatch& batch, bool raw, int64_t channel, double sum, double square,
+                                     double count) {
+  const double mean = count > 0 ? sum / count : 0;
+  double shift = batch.shift[channel] + (isfinite(mean) ? mean : 0);
+  if (batch.x.dtype != Dtype::kFloat64) shift = static_cast<float>(shift);
+  batch.shift[batch.x.channels + channel] = isfinite(shift) ? shift : 0;
+
+  constexpr double kLargest = 0x1p90, kSmallest = 0x1p-90;
+  Verdict& verdict = batch.verdicts[0];
+  if (!(square <= kLargest * count)) verdict.huge = 1;
+  if (square >= kSmallest * count) verdict.sizeable = 1;
+  if (sum * mean > (raw ? 64.0 / 65 : 0.5) * square) verdict.uncentred = 1;
+}
+
+// A thread to a channel.
+__global__ void __launch_bounds__(kSumThreads) judge(PairBatch batch, bool raw) {
+  const int64_t channel = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, channels = batch.x.channels;
+  if (channel >= channels) return;
+  double sum = 0, square = 0, count = 0;
+  for (int64_t s = 0; s < batch.slots; ++s) {
+    const Slot& slot = batch.slot[s];
+    if (!slot.symmetric) continue;
+    sum += batch.left[s * channels + channel] * slot.count;
+    square += batch.square[s * channels + channel];
+    count += slot.count;
+  }
+  judge_channel(batch, raw, channel, sum, square, count);
+}
+
+// A warp to a channel of a slot: adds up what the blocks left of it. If there is but one slot, it needs no judge.
+__global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch, int pass, bool raw) {
   if (pass > 0 && !second_pass(batch.verdicts[0], batch.x.dtype)) return;
   const int64_t channel = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kWarp;
   if (channel >= batch.x.channels) return;
@@ -81,37 +127,16 @@ __global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch,
   if (threadIdx.x % kWarp > 0) return;
   const double count = batch.count(slot),
                inverse = pass > 0 ? 1 / unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;
+  if (pass == 0 && batch.slots == 1) {
+    slot.symmetric ? judge_channel(batch, raw, channel, left, square, count)
+                   : judge_channel(batch, raw, channel, 0, 0, 0);
+  }
   if (!isfinite(left + right + square)) batch.verdicts[pass].nonfinite = 1;
   if (slot.symmetric) right = left;
   const int64_t at = blockIdx.y * batch.x.channels + channel;
   batch.left[at] = count > 0 ? left / count * inverse : 0;
   batch.right[at] = count > 0 ? right / count * inverse : 0;
   batch.square[at] = square * inverse * inverse;
-}
-
-// Whether the first pass will do: a thread to a channel. And the shift of the second one.
-__global__ void __launch_bounds__(kSumThreads) judge(PairBatch batch, bool raw) {
-  const int64_t channel = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, channels = batch.x.channels;
-  if (channel >= channels) return;
-  double sum = 0, square = 0, count = 0;
-  for (int64_t s = 0; s < batch.slots; ++s) {
-    const Slot& slot = batch.slot[s];
-    if (!slot.symmetric) continue;
-    const double samples = batch.count(slot);
-    sum += batch.left[s * channels + channel] * samples;
-    square += batch.square[s * channels + channel];
-    count += samples;
-  }
-  const double mean = count > 0 ? sum / count : 0;
-  double shift = batch.shift[channel] + (isfinite(mean) ? mean : 0);
-  if (batch.x.dtype != Dtype::kFloat64) shift = static_cast<float>(shift);
-  batch.shift[channels + channel] = isfinite(shift) ? shift : 0;
-
-  constexpr double kLargest = 0x1p90, kSmallest = 0x1p-90;
-  Verdict& verdict = batch.verdicts[0];
-  if (!(square <= kLargest * count)) verdict.huge = 1;
-  if (square >= kSmallest * count) verdict.sizeable = 1;
-  if (sum * mean > (raw ? 64.0 / 65 : 0.5) * square) verdict.uncentred = 1;
 }
 
 }  // namespace pcafast::cuda

@@ -175,16 +175,11 @@ template <typename T, int kDepth>
 void multiply_matrices(const float* left, const float* right, float* out) {
   constexpr int kEach = kDepth / 8;  // elements of a register
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
-  const auto bits = [](float x) {
-    uint32_t all;
-    std::memcpy(&all, &x, sizeof all);
-    return all;
-  };
   const auto registers = [&](const float* row, int k) {
     if constexpr (kEach == 1) {
-      return bits(row[k + t]);
+      return __float_as_uint(row[k + t]);
     } else {  // a float that a bfloat16 holds
-      return bits(row[k + 2 * t]) >> 16 | (bits(row[k + 2 * t + 1]) & 0xffff0000u);
+      return __float_as_uint(row[k + 2 * t]) >> 16 | (__float_as_uint(row[k + 2 * t + 1]) & 0xffff0000u);
     }
   };
   const float *low = left + g * kDepth, *high = left + (g + 8) * kDepth, *column = right + g * kDepth;
@@ -222,7 +217,11 @@ const char* run_load_four(bool transposed, const uint16_t* matrices, uint32_t* o
   });
 }
 
-uint32_t round_to_tf32(float x) { return pcafast::cuda::round_to_tf32(x); }
+void split(float x, float* parts) {
+  uint32_t bits[2];
+  pcafast::cuda::split(x, bits[0], bits[1]);
+  std::memcpy(parts, bits, sizeof bits);
+}
 
 const char* run_kernel(const char* name, unsigned blocks, size_t shared_bytes, float* out) {
   return error_of([&] {

@@ -87,6 +87,11 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline double __longlong_as_double(long long bits) {
   double x;
   std::memcpy(&x, &bits, sizeof x);

@@ -97,13 +97,6 @@ void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&
   }
 }
 
-inline uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return 0x7fffffffu;
-  return std::isinf(x) ? bits : (bits + 0x1000u) & ~0x1fffu;
-}
-
 template <bool kTransposed>
 void load_matrices(uint32_t (&matrices)[4], const void* row, device_host::Place place = device_host::Place::here()) {
   device_host::check_alignment(row, 16);
