@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from cuda_kernels import ROOT, ChannelView, Kernels, defined_behaviour, lay_out  # noqa: F401
-from states import covariance_state, moments_state, taylor_state
+from states import covariance_state, moments_state, patch_state, taylor_state
+from test_cuda_covariance import CovarianceArgs
 from test_cuda_moments import MomentsArgs
+from test_cuda_patch_covariance import MapView, PatchCovarianceArgs
 from test_cuda_rank import Rank, RankArgs, around_threshold
 from test_cuda_taylor import TaylorArgs
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 from pcafast import reference
+from pcafast.patches import Layout, Patches
 
 HERE = ROOT / "tests" / "cpu_levels"
 LEVELS = [1, 3, 4] if platform.machine() == "x86_64" else [1]  # of x86-64; the first has no choice to make
@@ -30,17 +33,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class CovarianceArgs(ctypes.Structure):
-    _fields_ = (
-        ("x", ChannelView),
-        ("weight", ctypes.c_void_p),
-        ("groups", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("count", "mean", "comoment", "skipped")),
-    )
-
-
-ARGS = {"rank": RankArgs, "taylor": TaylorArgs, "channel_moments": MomentsArgs, "covariance": CovarianceArgs}
+ARGS = {
+    "rank": RankArgs,
+    "taylor": TaylorArgs,
+    "channel_moments": MomentsArgs,
+    "covariance": CovarianceArgs,
+    "patch_covariance": PatchCovarianceArgs,
+}
 
 
 class LevelKernels(Kernels):
@@ -62,7 +61,10 @@ def compile_level(level: int, library: Path) -> None:
     options += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", *include_paths())]
     sources = [
         HERE / "entry.cpp",
-        *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("rank", "covariance", "taylor")),
+        *(
+            ROOT / "csrc" / "cpu" / f"{name}.cpp"
+            for name in ("rank", "covariance", "patch_covariance", "pixel_sums", "taylor")
+        ),
     ]
     result = subprocess.run(["g++", *options, "-o", library, *sources], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -110,6 +112,29 @@ def covariance_update(
     of_weight = None if weight is None else weight.data_ptr()
     args = CovarianceArgs(ChannelView.of(x), of_weight, groups, scale, *pointers(state))
     kernels.call("covariance_update", ctypes.byref(args))
+
+
+def patch_update(kernels: Kernels, x: Tensor, layout: Layout, groups: int, state: list[Tensor]) -> None:
+    source_rows, source_columns, taps, _, rectangles, ends, numbers = pointers(list(layout[:7]))
+    args = PatchCovarianceArgs(
+        MapView.of(x),
+        len(layout.source_rows),
+        len(layout.source_columns),
+        source_rows,
+        source_columns,
+        len(layout.taps),
+        taps,
+        *layout.steps.tolist(),
+        len(layout.rectangles),
+        rectangles,
+        len(layout.slot_ends),
+        ends,
+        numbers,
+        groups,
+        layout.patches,
+        *pointers(state),
+    )
+    kernels.call("patch_covariance_update", ctypes.byref(args))
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -212,6 +237,32 @@ def test_covariance_is_that_of_the_reference(
         reference.covariance_update_(x, 1, groups, 2.5, weight, *expected)
     assert_close(found, expected, 1e-13 if dtype == torch.float64 else 1e-6)
     assert torch.equal(found[2], found[2].mT)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "groups", "kernel"), [(1, 1, 5), (3, 1, 3), (37, 1, 3), (100, 1, 2), (20, 20, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_patch_covariance_is_that_of_the_reference(
+    kernels: Kernels,
+    channels: int,
+    groups: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    last: bool,
+    generator: torch.Generator,
+) -> None:
+    cut = Patches.of(kernel, stride, padding=1)
+    states = []
+    for mean in (2.0, -1.0):
+        x = (torch.randn(2, channels, 11, 10, generator=generator, dtype=torch.float64) + mean).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        layout = cut.layout(x, groups)
+        states = states or [patch_state(layout, channels, groups) for _ in range(2)]
+        patch_update(kernels, x, layout, groups, states[0])
+        reference.patch_covariance_update_(x, *layout[:8], groups, *states[1])
+    assert_close(*states, 1e-13 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -209,6 +209,17 @@ def test_a_batch_with_an_infinity_leaves_the_state_as_it_was(dtype, device):
     assert all(torch.equal(value, before[name]) for name, value in statistic.state_dict().items() if name != "skipped")
 
 
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_a_pixel_of_no_patch_may_be_anything(backend, monkeypatch, device):
+    monkeypatch.setattr(functional, "operators", OPERATORS[backend])
+    x = torch.randn(2, 3, 6, 6, device=device)
+    expected = patch_covariance(x, 1, stride=2)
+    x[:, :, 1::2] = math.nan
+    x[:, :, :, 1::2] = math.inf
+    found = patch_covariance(x, 1, stride=2)
+    assert torch.equal(found.covariance, expected.covariance)
+
+
 # Layers
 
 LAYERS = {

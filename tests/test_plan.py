@@ -237,7 +237,12 @@ EYE = torch.eye(4)
     [
         (LINEAR, {}, {"ratio": 0.5}, "statistics: expected the covariance of at least one layer"),
         (LINEAR, {"fc": _Given()}, {"ratio": 0.5}, "statistics: 'fc' is not a layer of the model, which has 0"),
-        (LINEAR, {"0": pcafast.Taylor()}, {"ratio": 0.5}, "expected the Covariance or PatchCovariance of layer '0', got a Taylor"),
+        (
+            LINEAR,
+            {"0": pcafast.Taylor()},
+            {"ratio": 0.5},
+            "expected the Covariance or PatchCovariance of layer '0', got a Taylor",
+        ),
         (LINEAR, {"0": _Given(tap="norm")}, {"ratio": 0.5}, "right at layer '0'.* after its norm"),
         (
             LINEAR,

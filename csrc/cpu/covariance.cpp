@@ -16,6 +16,7 @@
 
 #include "../kernels.h"
 #include "any_panel.h"
+#include "centre.h"
 #include "load.h"
 
 namespace pcafast::cpu {
@@ -122,13 +123,13 @@ bool is_centred(const Batch& batch, double weight) {
   return true;
 }
 
-// The mean of a few runs of samples, weighted or not: any value near the mean will do as a shift.
-std::vector<double> rough_mean(const Samples& s) {
+// Near the mean: of a few runs of samples, weighted or not.
+std::vector<double> rough_centre(const Samples& s) {
   constexpr int64_t kRuns = 16, kMostInRun = 64, kShare = 8;
   const int64_t channels = s.x.channels, runs = std::min(kRuns, s.size());
   const int64_t in_run = std::clamp<int64_t>(s.size() / kRuns / kShare, 1, kMostInRun);
-  std::vector<double> sums(channels, 0.0);
-  int64_t taken = 0;
+  std::vector<double> sums(channels, 0.0), zeros(channels, 0.0);
+  double taken = 0;
   with_element_type(s.x.dtype, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(s.x.data);
     for (int64_t run = 0; run < runs; ++run) {
@@ -137,13 +138,20 @@ std::vector<double> rough_mean(const Samples& s) {
         for (int64_t i = 0; i < length; ++i) {
           if (s.weight != nullptr && s.weight[first + i] == 0) continue;
           const auto* const sample = data + offset + i * s.x.position_stride;
-          for (int64_t c = 0; c < channels; ++c) sums[c] += to_double(sample[c * s.x.channel_stride]);
+          for (int64_t c = 0; c < channels; ++c) {
+            const double value = to_double(sample[c * s.x.channel_stride]);
+            sums[c] += value;
+            zeros[c] += value == 0 ? 1.0 : 0.0;
+          }
           ++taken;
         }
       });
     }
   });
-  for (double& sum : sums) sum = taken > 0 && std::isfinite(sum) ? sum / taken : 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double mean = taken > 0 && std::isfinite(sums[c]) ? sums[c] / taken : 0;
+    sums[c] = centre_near(mean, taken > 0 ? zeros[c] / taken : 0, s.x.dtype);
+  }
   return sums;
 }
 
@@ -190,12 +198,6 @@ void advance(const CovarianceArgs& args, const Means& batch) {
   *args.count = total;
 }
 
-// To the working type, in which it is subtracted.
-void round_to(Dtype dtype, std::vector<double>& shift) {
-  if (dtype == Dtype::kFloat64) return;
-  for (double& value : shift) value = static_cast<float>(value);
-}
-
 // Many channels: there is time for a pass over the batch that finds its mean and whether it counts, but none for a
 // matrix beside the running one.
 void update_in_place(const CovarianceArgs& args) {
@@ -220,9 +222,11 @@ void update_in_place(const CovarianceArgs& args) {
     return;
   }
   Means batch{count, {moments.begin(), moments.begin() + channels}, {}};
-  std::vector<double> shift = batch.mean;
-  round_to(args.x.dtype, shift);
-  for (int64_t c = 0; c < channels; ++c) batch.from_shift.push_back(batch.mean[c] - shift[c]);
+  std::vector<double> shift;
+  for (int64_t c = 0; c < channels; ++c) {
+    shift.push_back(centre_near(batch.mean[c], moments[3 * channels + c] / count, args.x.dtype));
+    batch.from_shift.push_back(batch.mean[c] - shift[c]);
+  }
   // Squares of very large or small float32 are no float32.
   const double largest = *std::max_element(moments.begin() + channels, moments.begin() + 2 * channels) / count;
   const double unit = largest > 0 ? std::exp2(std::clamp(-std::ilogb(largest) / 2, -126, 126)) : 1;
@@ -243,12 +247,11 @@ void covariance_update(const CovarianceArgs& args) {
   const int64_t work = s.size() * channels * std::max<int64_t>(1, width / 2);
   const int64_t slices = width > kMostPrivate ? 1 : std::clamp<int64_t>(work / kSliceWork, 1, at::get_num_threads());
 
-  Means batch{static_cast<double>(s.size()), rough_mean(s), std::vector<double>(channels)};
+  Means batch{static_cast<double>(s.size()), rough_centre(s), std::vector<double>(channels)};
   if (s.weight != nullptr) batch.added = std::accumulate(s.weight, s.weight + s.size(), 0.0);
   if (batch.added == 0) return;
 
   std::vector<double>& shift = batch.mean;
-  round_to(args.x.dtype, shift);
   // Nothing is committed before all groups are known to be finite.
   std::vector<Batch> groups(args.groups);
   bool finite = true;
@@ -256,8 +259,10 @@ void covariance_update(const CovarianceArgs& args) {
     Batch& group = groups[g];
     group = add_up_in_range(s, g * width, width, shift.data(), slices);
     if (!is_centred(group, batch.added)) {
-      for (int64_t c = 0; c < width; ++c) shift[g * width + c] += group.sums[c] / batch.added;
-      round_to(args.x.dtype, shift);
+      for (int64_t c = 0; c < width; ++c) {
+        double& value = shift[g * width + c];
+        value = centre_near(value + group.sums[c] / batch.added, 0, args.x.dtype);
+      }
       group = add_up_in_range(s, g * width, width, shift.data(), slices);
     }
     for (int64_t c = 0; c < width; ++c) finite &= std::isfinite(group.products[c * (width + 1)]);

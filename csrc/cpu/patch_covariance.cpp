@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "centre.h"
 #include "load.h"
 #include "multiarch.h"
 #include "pixel_products.h"
@@ -137,7 +138,7 @@ class Update {
   }
 
   // The mean over the largest lattice of pixels that are their own partners: if the border of the maps is out of the
-  // ordinary, it does not lie in that. In the working type, from which it is subtracted.
+  // ordinary, it does not lie in that.
   void set_centre(const PixelSums& sums) {
     int64_t largest = -1, most = 0;
     for (int64_t k = 0; k < args_.lattices; ++k) {
@@ -149,7 +150,9 @@ class Update {
     for (int64_t e = 0; e < entries_; ++e) {
       double mean = 0;
       if (largest >= 0) mean = sums.first[largest * entries_ + e] / static_cast<double>(args_.x.examples * most);
-      centre_.push_back(args_.x.dtype == Dtype::kFloat64 ? mean : static_cast<float>(mean));
+      const double zeros =
+          sums.zeros[e / args_.taps] / static_cast<double>(args_.x.examples * args_.height * args_.width);
+      centre_.push_back(centre_near(mean, zeros, args_.x.dtype));
     }
   }
 

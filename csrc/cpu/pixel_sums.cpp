@@ -60,24 +60,30 @@ class Cells {
   std::vector<std::vector<int64_t>> inside_;
 };
 
-// A row of pixels added to the sums of their columns, or of a pixel's channels to those of its cell.
+// Of the pixels that were read, or, if channels lie side by side, of one channel each.
+struct Seen {
+  double largest[kTogether] = {};  // |x|
+  double zeros[kTogether] = {};
+};
+
+// Pixels of a row added to the sums of their columns, or channels of a pixel to those of its cell.
 template <class T>
-PCAFAST_MULTIARCH void add_row(const T* from, int64_t stride, int64_t count, double* sums, double* largest) {
-  double most = *largest;
-  if (stride == 1) {
-    for (int64_t k = 0; k < count; ++k) {
-      const double value = to_double(from[k]);
-      sums[k] += value;
-      most = std::abs(value) > most ? std::abs(value) : most;
-    }
-  } else {
-    for (int64_t k = 0; k < count; ++k) {
-      const double value = to_double(from[k * stride]);
-      sums[k] += value;
-      most = std::abs(value) > most ? std::abs(value) : most;
+inline void add_row(const T* from, int64_t stride, int64_t count, double* sums, Seen& seen) {
+  const auto add = [&](int64_t k, int64_t lane, double value) {
+    sums[k] += value;
+    seen.largest[lane] = std::abs(value) > seen.largest[lane] ? std::abs(value) : seen.largest[lane];
+    seen.zeros[lane] += value == 0 ? 1.0 : 0.0;
+  };
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t lanes = std::min(kTogether, count - first);
+    if (stride == 1 && lanes == kTogether) {
+      for (int64_t lane = 0; lane < kTogether; ++lane) add(first + lane, lane, to_double(from[first + lane]));
+    } else if (stride == 1) {
+      for (int64_t lane = 0; lane < lanes; ++lane) add(first + lane, lane, to_double(from[first + lane]));
+    } else {
+      for (int64_t lane = 0; lane < lanes; ++lane) add(first + lane, lane, to_double(from[(first + lane) * stride]));
     }
   }
-  *largest = most;
 }
 
 // Columns of the map that are some lattice's and no zeros, and lie at one distance in the input.
@@ -123,46 +129,50 @@ struct Reader {
       }
     }
   }
-
-  template <class T>
-  double read_channel(int64_t channel) const {
-    const MapView& x = args.x;
-    const int64_t width = column_cells.size();
-    std::vector<double> by_column(rows.count() * width);
-    double largest = 0;
-    for_each_row<T>([&](const T* row, int64_t cell) {
-      for (const Stretch& stretch : stretches) {
-        add_row(row + channel * x.channel_stride + stretch.source * x.column_stride, stretch.step * x.column_stride,
-                stretch.count, by_column.data() + cell * width + stretch.first, &largest);
-      }
-    });
-    double* const to = sums + channel * cells();
-    for (int64_t cell = 0; cell < rows.count(); ++cell) {
-      for (int64_t k = 0; k < width; ++k) to[cell * columns.count() + column_cells[k]] += by_column[cell * width + k];
-    }
-    return largest;
-  }
-
-  template <class T>
-  double read_neighbours(int64_t first, int64_t count) const {
-    const MapView& x = args.x;
-    std::vector<double> by_cell(cells() * kTogether);
-    double largest = 0;
-    for_each_row<T>([&](const T* row, int64_t cell) {
-      for (const Stretch& stretch : stretches) {
-        for (int64_t k = 0; k < stretch.count; ++k) {
-          const int64_t of_both = cell * columns.count() + column_cells[stretch.first + k];
-          add_row(row + (stretch.source + k * stretch.step) * x.column_stride + first, 1, count,
-                  by_cell.data() + of_both * kTogether, &largest);
-        }
-      }
-    });
-    for (int64_t c = 0; c < count; ++c) {
-      for (int64_t cell = 0; cell < cells(); ++cell) sums[(first + c) * cells() + cell] = by_cell[cell * kTogether + c];
-    }
-    return largest;
-  }
 };
+
+template <class T>
+PCAFAST_MULTIARCH Seen read_channel(const Reader& reader, int64_t channel) {
+  const MapView& x = reader.args.x;
+  const int64_t width = reader.column_cells.size(), column_cells = reader.columns.count();
+  std::vector<double> by_column(reader.rows.count() * width);
+  Seen seen;
+  reader.for_each_row<T>([&](const T* row, int64_t cell) {
+    for (const Stretch& stretch : reader.stretches) {
+      add_row(row + channel * x.channel_stride + stretch.source * x.column_stride, stretch.step * x.column_stride,
+              stretch.count, by_column.data() + cell * width + stretch.first, seen);
+    }
+  });
+  double* const to = reader.sums + channel * reader.cells();
+  for (int64_t cell = 0; cell < reader.rows.count(); ++cell) {
+    for (int64_t k = 0; k < width; ++k) {
+      to[cell * column_cells + reader.column_cells[k]] += by_column[cell * width + k];
+    }
+  }
+  return seen;
+}
+
+template <class T>
+PCAFAST_MULTIARCH Seen read_neighbours(const Reader& reader, int64_t first, int64_t count) {
+  const MapView& x = reader.args.x;
+  std::vector<double> by_cell(reader.cells() * kTogether);
+  Seen seen;
+  reader.for_each_row<T>([&](const T* row, int64_t cell) {
+    for (const Stretch& stretch : reader.stretches) {
+      for (int64_t k = 0; k < stretch.count; ++k) {
+        const int64_t of_both = cell * reader.columns.count() + reader.column_cells[stretch.first + k];
+        add_row(row + (stretch.source + k * stretch.step) * x.column_stride + first, 1, count,
+                by_cell.data() + of_both * kTogether, seen);
+      }
+    }
+  });
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t cell = 0; cell < reader.cells(); ++cell) {
+      reader.sums[(first + c) * reader.cells() + cell] = by_cell[cell * kTogether + c];
+    }
+  }
+  return seen;
+}
 
 }  // namespace
 
@@ -188,19 +198,26 @@ PixelSums sum_pixels(const PatchCovarianceArgs& args) {
   const Reader reader(args, rows, columns, cells.data());
   const bool neighbours = args.x.channel_stride == 1 && args.x.column_stride != 1;
   const int64_t together = neighbours ? kTogether : 1, blocks = (channels + together - 1) / together;
-  std::vector<double> largest(blocks);
+  std::vector<Seen> seen(blocks);
   with_element_type(args.x.dtype, [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        largest[b] = neighbours ? reader.read_neighbours<T>(b * together, std::min(together, channels - b * together))
-                                : reader.read_channel<T>(b);
+        seen[b] = neighbours ? read_neighbours<T>(reader, b * together, std::min(together, channels - b * together))
+                             : read_channel<T>(reader, b);
       }
     });
   });
 
   PixelSums sums;
-  sums.largest = *std::max_element(largest.begin(), largest.end());
+  sums.zeros.resize(channels);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t lane = 0; lane < kTogether; ++lane) {
+      sums.largest = std::max(sums.largest, seen[b].largest[lane]);
+      const int64_t channel = neighbours ? b * together + lane : b;
+      if (channel < channels) sums.zeros[channel] += seen[b].zeros[lane];
+    }
+  }
   sums.finite = std::all_of(cells.begin(), cells.end(), [](double sum) { return std::isfinite(sum); });
   const auto collect = [&](int64_t begin, std::vector<double>& to) {
     to.resize(args.lattices * entries);

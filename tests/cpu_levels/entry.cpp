@@ -23,6 +23,7 @@ int64_t rank_args_bytes() { return sizeof(RankArgs); }
 int64_t taylor_args_bytes() { return sizeof(TaylorArgs); }
 int64_t channel_moments_args_bytes() { return sizeof(MomentsArgs); }
 int64_t covariance_args_bytes() { return sizeof(CovarianceArgs); }
+int64_t patch_covariance_args_bytes() { return sizeof(PatchCovarianceArgs); }
 
 int64_t rank_workspace(const RankArgs*) { return 0; }
 int64_t taylor_workspace(const TaylorArgs* args) { return cpu::taylor_workspace(*args); }
@@ -32,4 +33,5 @@ void rank(const RankArgs* args) { cpu::feature_map_rank(*args); }
 void taylor_update(const TaylorArgs* args) { cpu::taylor_update(*args); }
 void channel_moments_update(const MomentsArgs* args) { cpu::channel_moments_update(*args); }
 void covariance_update(const CovarianceArgs* args) { cpu::covariance_update(*args); }
+void patch_covariance_update(const PatchCovarianceArgs* args) { cpu::patch_covariance_update(*args); }
 }
