@@ -59,10 +59,11 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         "optimizer": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
         "criterion": torch.nn.CrossEntropyLoss(),
         "activations": torch.randn(2, 3, 8, 8),
+        "inputs": torch.randn(2, 3, 8, 8),
         "gradients": torch.randn(2, 3, 8, 8),
     }
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    collecting, pruning, loop, functional = blocks
+    collecting, pruning, patches, loop, functional = blocks
     x = torch.randn(1, 3, 32, 32)
     exec(collecting, names)
     torch.testing.assert_close(names["small"].eval()(x), names["plan"].apply(model).eval()(x))
@@ -70,8 +71,11 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert names["plan"].reached["macs"]["share"] <= 0.5
     owned = {id(parameter) for group in names["optimizer"].param_groups for parameter in group["params"]}
     assert owned == {id(parameter) for parameter in names["small"].parameters()}
+    exec(patches, names)
+    assert {action.side for action in names["plan"].actions} == {"input"}
     exec(loop, names)
     torch.testing.assert_close(load(build("resnet20"), "smaller").eval()(x), names["small"].eval()(x))
     assert names["report"]["reached"] == names["plan"].reached
     exec(functional, names)
+    assert names["covariance"].shape == (27, 27)
     assert names["ranks"].shape == (2, 3)

@@ -21,12 +21,14 @@ from pcafast.statistics import (
     Covariance,
     FeatureMapRank,
     GradientCovariance,
+    PatchCovariance,
     Statistic,
     Taylor,
 )
 
 AVAILABLE: dict[str, Callable[[], Statistic]] = {
     "covariance": Covariance,
+    "patches": PatchCovariance,
     "taylor": Taylor,
     "rank": FeatureMapRank,
     "gradient": GradientCovariance,
@@ -96,6 +98,7 @@ def _range(values: Tensor) -> str:
 
 _COLUMNS: dict[str, tuple[str, Callable[[Statistic], str]]] = {
     "covariance": ("directions with 90 % of variance", _directions),
+    "patches": ("directions with 90 % of patch variance", _directions),
     "gradient": ("directions with 90 % of gradient variance", _directions),
     "taylor": ("Taylor score", lambda statistic: _range(statistic.compute())),
     "rank": ("mean rank", lambda statistic: _range(statistic.compute())),
