@@ -76,7 +76,7 @@ struct PixelPairs {
 };
 
 // One batch merged into running co-moments of pixel pairs, from which the covariance of patches is put together
-// (pcafast/patches.py). A slot is the union of some lattices:
+// (pcafast/patches.py). A slot is the union of some lattices of one offset:
 //   count[s]    += examples * pixels
 //   left[s]      = mean of the first pixels,  right[s] = mean of their partners
 //   comoment[s]  = sum of (first - left[s])(partner - right[s])'

@@ -185,8 +185,13 @@ void check_lattices(const PatchCovarianceArgs& args) {
   }
   for (int64_t k = 0; k < args.lattices; ++k) {
     const auto& [top, left, rows, columns, down, right] = args.pairs[k];
-    const int64_t bottom = top + (rows - 1) * args.row_step, last = left + (columns - 1) * args.column_step;
-    TORCH_CHECK_VALUE(rows > 0 && columns > 0 && down >= 0 && std::min(top, left) >= 0 && left + right >= 0 &&
+    // Before anything is multiplied.
+    const bool fits_steps =
+        (rows <= 1 || args.row_step <= args.height) && (columns <= 1 || args.column_step <= args.width);
+    const int64_t bottom = !fits_steps ? 0 : top + (rows - 1) * args.row_step,
+                  last = !fits_steps ? 0 : left + (columns - 1) * args.column_step;
+    TORCH_CHECK_VALUE(rows > 0 && columns > 0 && rows <= args.height && columns <= args.width && fits_steps &&
+                          down >= 0 && std::min(top, left) >= 0 && left + right >= 0 &&
                           bottom + down + tap_rows < args.height &&
                           last + std::max<int64_t>(right, 0) + tap_columns < args.width,
                       "rectangles: expected pixels inside of a map of ", args.height, " x ", args.width,
@@ -233,6 +238,13 @@ PatchCovarianceArgs checked_patch_args(const Tensor& x, const Tensor& source_row
     end = args.slot_ends[slot];
   }
   check_range("slot_rectangles", args.slot_lattices, slot_rectangles.numel(), 0, args.lattices);
+  for (int64_t slot = 0, k = 0; slot < args.slots; ++slot) {
+    for (const int64_t first = k; k < args.slot_ends[slot]; ++k) {
+      const PixelPairs &one = args.pairs[args.slot_lattices[first]], &other = args.pairs[args.slot_lattices[k]];
+      TORCH_CHECK_VALUE(one.down == other.down && one.right == other.right, "slot_rectangles: expected rectangles of ",
+                        "one offset in slot ", slot, ", got several");
+    }
+  }
   args.groups = groups;
   return args;
 }

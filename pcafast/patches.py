@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -164,11 +165,9 @@ def assemble(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             block += (total - n.sum()) * _outer(mean[i], mean[j]) - _outer(rest_i, mean[j]) - _outer(mean[i], rest_j)
             blocks[:, :, i, :, j] = block
             blocks[:, :, j, :, i] = block.mT
-    side = width * taps
-    blocks = blocks.view(groups, side, side)
-    return mean.permute(1, 2, 0).flatten(), (
-        blocks + blocks.mT
-    ) / 2  # or rounding differs within blocks on the diagonal
+    blocks = blocks.view(groups, width * taps, width * taps)
+    # Rounding differs on both sides of the diagonal, within the blocks that lie on it.
+    return mean.permute(1, 2, 0).flatten(), (blocks + blocks.mT) / 2
 
 
 def to_windows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,13 +238,17 @@ def _axis(size: int, outputs: int, kernel: int, stride: int, before: int, dilati
     return cut
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _layout(patches: Patches, height: int, width: int, columns: bool, windows: bool) -> Layout:
     sizes = (height, width)
     outputs = [patches.output_size(size, axis) for axis, size in enumerate(sizes)]
     padded = columns or patches.padding_mode != "zeros"
     sources = [_source(patches, size, axis) if padded else torch.arange(size) for axis, size in enumerate(sizes)]
-    taps, rectangles, members = torch.zeros(1, 2, dtype=torch.int64), [(0, 0, *outputs, 0, 0)], torch.ones(1, 1, 1)
+    taps, rectangles, members = (
+        torch.zeros(1, 2, dtype=torch.int64),
+        [(0, 0, *outputs, 0, 0)],
+        torch.ones(1, 1, 1, dtype=torch.uint8),
+    )
     slots: list[list[int]] = [[0]]
     if columns:
         down, across = (patches.dilation[axis] * torch.arange(patches.kernel_size[axis]) for axis in (0, 1))
@@ -258,7 +261,12 @@ def _layout(patches: Patches, height: int, width: int, columns: bool, windows: b
         if windows or not 0 < len(pieces) <= len(pairs):
             slots = [[index for index, of in enumerate(inside) if pair in of] for pair in pairs]
             inside = [[pair] for pair in pairs]
-        members = torch.zeros(len(slots), patches.size, patches.size)
+        if len(slots) * patches.size**2 > 1 << 30:
+            raise ArgumentError(
+                f"kernel_size: expected a smaller kernel, got {patches.kernel_size}, of whose {len(pairs):,} pairs of "
+                "pixels no account can be kept"
+            )
+        members = torch.zeros(len(slots), patches.size, patches.size, dtype=torch.uint8)
         for slot, pairs_of in enumerate(inside):
             for pair in pairs_of:
                 members[slot][pair] = 1
@@ -271,7 +279,7 @@ def _layout(patches: Patches, height: int, width: int, columns: bool, windows: b
         slot_ends=torch.tensor([len(slot) for slot in slots]).cumsum(0),
         slot_rectangles=torch.tensor([index for slot in slots for index in slot], dtype=torch.int64),
         patches=math.prod(outputs),
-        members=members.to(torch.uint8),
+        members=members,
     )
 
 
@@ -315,8 +323,9 @@ def _source(patches: Patches, size: int, axis: int) -> Tensor:
 
 def _pair(name: str, value: object, least: int) -> Pair:
     """One number for both axes, or one for each."""
-    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
-    if len(values) != 2 or not all(isinstance(one, int) and one >= least for one in values):
+    given = value if isinstance(value, Sequence) else (value, value)
+    values = [operator.index(one) for one in given if isinstance(one, SupportsIndex)]
+    if len(given) != 2 or len(values) != 2 or min(values) < least:
         raise ArgumentError(f"{name}: expected an integer of at least {least}, or two of them, got {value!r}")
     return values[0], values[1]
 
@@ -331,7 +340,7 @@ def _padding(padding: Padding, kernel: Pair, stride: Pair, dilation: Pair) -> tu
         return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
     if isinstance(padding, str):
         raise ArgumentError(f"padding: expected 'same', 'valid' or numbers, got {padding!r}")
-    per_axis: Sequence[object] = (padding, padding) if isinstance(padding, int) else padding
+    per_axis: Sequence[object] = padding if isinstance(padding, Sequence) else (padding, padding)
     if len(per_axis) != 2:
         raise ArgumentError(f"padding: expected one number or one (or two) for each of two axes, got {padding!r}")
     return _pair("padding", per_axis[0], least=0), _pair("padding", per_axis[1], least=0)

@@ -433,3 +433,10 @@ def test_a_hook_call_is_cheap():
         with pcafast.collect(model, c=Covariance()):
             watched = best()
     assert watched - plain < 60e-6
+
+
+def test_a_mask_that_leaves_nothing_is_refused():
+    statistic = pcafast.Covariance(channel_dim=-1)
+    with pytest.raises(pcafast.ArgumentError, match="weight: expected some position that counts"):
+        statistic.update(torch.randn(2, 3, 4), weight=torch.zeros(2, 3, dtype=torch.bool))
+    assert statistic.is_empty

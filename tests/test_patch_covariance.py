@@ -115,7 +115,37 @@ def test_groups(groups, stride, device):
     assert error(found.covariance, mean_and_covariance(patches, groups)[1]) <= 1e-6
 
 
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((8, 1), (3, 1), (1, 2)), ((1, 9), (1, 3), (2, 1))])
+def test_maps_of_one_column_or_row(size, kernel, stride):
+    x = torch.randn(2, 20, *size, dtype=torch.float64)
+    exact = mean_and_covariance(columns(x, kernel, stride))[1]
+    assert error(patch_covariance(x, kernel, stride=stride).covariance, exact) <= 1e-12
+
+
 # Accuracy
+
+
+DISTRIBUTIONS = {
+    "relu": torch.relu,
+    "relu, shifted": lambda x: torch.relu(x) + 2,
+    "integers": lambda x: (3 * x).round(),
+    "clipped": lambda x: x.clamp(0.3, 1),
+    "outliers": lambda x: x.where(x < 3, 1e4 * x),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("channels", "kernel", "padding"), [(20, 3, 1), (1, 5, 2), (600, 1, 0)])
+def test_many_equal_samples(name, channels, kernel, padding, device):
+    """Whose rounding goes the same way every time, if nothing is done about it."""
+    x = DISTRIBUTIONS[name](torch.randn(8, channels, 28, 28, device=device))
+    patches = columns(x, (kernel, kernel), padding=((padding, padding),) * 2)
+    exact = mean_and_covariance(patches)[1]
+    centred = patches.float() - patches.float().mean(1, keepdim=True)
+    of_torch = error((centred @ centred.T).double() / centred.shape[1], exact)
+    assert error(patch_covariance(x, kernel, padding=padding).covariance, exact) <= max(1e-6, 2 * of_torch)
+    plain = mean_and_covariance(x.double().movedim(1, 0).flatten(1))[1]
+    assert error(functional.covariance(x).covariance, plain) <= max(1e-6, 2 * of_torch)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -306,6 +336,7 @@ X = torch.randn(2, 4, 5, 6)
         ({"kernel_size": 3, "dilation": 0}, "dilation: expected an integer of at least 1"),
         ({"kernel_size": 3, "padding": -1}, "padding: expected an integer of at least 0"),
         ({"kernel_size": 3, "padding": (1, 1, 1)}, "padding: expected one number or one .or two. for each of two axes"),
+        ({"kernel_size": 3, "padding": 0.5}, "padding: expected an integer of at least 0"),
         ({"kernel_size": 3, "padding": "SAME"}, "padding: expected 'same', 'valid' or numbers, got 'SAME'"),
         ({"kernel_size": 3, "padding": "same", "stride": 2}, "'same' goes with stride 1 alone"),
         (
@@ -342,6 +373,48 @@ def test_a_state_beyond_all_memory_is_refused_with_its_size():
     with pytest.raises(ArgumentError, match=r"Covariance of layer 'wide': .* would need 1,192.1 GiB"):
         statistic.update(x)
     assert statistic.is_empty
+
+
+def test_a_kernel_beyond_all_accounts_is_refused():
+    with pytest.raises(ArgumentError, match="kernel_size: expected a smaller kernel"):
+        patch_covariance(torch.randn(1, 32, 64, 64), 31, padding=15, groups=32)
+
+
+@pytest.mark.parametrize("channel_dim", [2, -2, 3])
+def test_channels_elsewhere(channel_dim):
+    x = torch.randn(2, 5, 6, 7)
+    statistic = PatchCovariance(kernel_size=3, channel_dim=channel_dim)
+    statistic.update(x.movedim(1, channel_dim))
+    assert torch.equal(statistic.compute().covariance, patch_covariance(x, 3).covariance)
+
+
+def test_an_empty_batch_changes_nothing():
+    for statistic, x in (
+        (PatchCovariance(channel_dim=-1), torch.empty(0, 4)),
+        (PatchCovariance(kernel_size=3), torch.empty(0, 4, 5, 5)),
+    ):
+        statistic.update(x)
+        assert not statistic.state_dict()["patches"]
+
+
+@pytest.mark.parametrize("bad", [torch.randn(2, 5, 2, 2), torch.ones(2, 4, 2, 2, dtype=torch.int64)])
+def test_a_refused_batch_leaves_the_state_as_it_was(bad):
+    statistic = other_state()
+    before = statistic.state_dict()
+    with pytest.raises(ArgumentError):
+        statistic.update(bad)
+    after = statistic.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    fresh = PatchCovariance(kernel_size=3, padding=1)
+    with pytest.raises(ArgumentError):
+        fresh.update(torch.ones(2, 4, 2, 2, dtype=torch.int64))
+    assert fresh.is_empty
+
+
+@pytest.mark.parametrize("other", [{"kernel_size": 5, "padding": 2}, {"groups": 2}])
+def test_a_state_of_another_kernel_or_groups_is_not_loaded(other):
+    with pytest.raises(ArgumentError, match="state: expected 1 groups and a kernel of 9 pixels"):
+        PatchCovariance(kernel_size=3, padding=1).load_state_dict(other_state(**other).state_dict())
 
 
 def other_state(**changes):

@@ -1,21 +1,21 @@
 // What samples are centred on before they are multiplied: a number near their mean.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "../kernels.h"
 
 namespace pcafast::cpu {
 
-// In the working type, from which it is subtracted. After a ReLU many samples are zero and add the same square of the
-// centre, so that the rounding of a float32 sum goes the same way every time; of a centre of 6 bits the squares add up
-// exactly. Where there are so many zeros the deviation is no smaller than a quarter of the mean, and 6 bits are enough.
-inline double centre_near(double mean, double share_of_zeros, Dtype dtype) {
+// A multiple of a sixteenth of the deviation, or somewhat less, in the working type, from which it is subtracted. Where
+// many samples are equal, as the zeros after a ReLU, they add the same square every time; of a centre of few bits such
+// squares add up exactly, while the rounding of others would go the same way every time.
+inline double centre_near(double mean, double variance, Dtype dtype) {
   if (dtype == Dtype::kFloat64 || !std::isfinite(mean)) return mean;
-  if (share_of_zeros < 1.0 / 16) return static_cast<float>(mean);
-  int exponent;
-  const double significand = std::frexp(mean, &exponent);
-  return std::ldexp(std::nearbyint(significand * 64) / 64, exponent);
+  if (!(variance > 0) || !std::isfinite(variance)) return static_cast<float>(mean);
+  const double grid = std::exp2(std::ilogb(variance) / 2 - 4);
+  return static_cast<float>(std::nearbyint(mean / grid) * grid);
 }
 
 }  // namespace pcafast::cpu

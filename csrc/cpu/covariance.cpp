@@ -128,7 +128,7 @@ std::vector<double> rough_centre(const Samples& s) {
   constexpr int64_t kRuns = 16, kMostInRun = 64, kShare = 8;
   const int64_t channels = s.x.channels, runs = std::min(kRuns, s.size());
   const int64_t in_run = std::clamp<int64_t>(s.size() / kRuns / kShare, 1, kMostInRun);
-  std::vector<double> sums(channels, 0.0), zeros(channels, 0.0);
+  std::vector<double> sums(channels, 0.0), squares(channels, 0.0);
   double taken = 0;
   with_element_type(s.x.dtype, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(s.x.data);
@@ -141,7 +141,7 @@ std::vector<double> rough_centre(const Samples& s) {
           for (int64_t c = 0; c < channels; ++c) {
             const double value = to_double(sample[c * s.x.channel_stride]);
             sums[c] += value;
-            zeros[c] += value == 0 ? 1.0 : 0.0;
+            squares[c] += value * value;
           }
           ++taken;
         }
@@ -150,7 +150,7 @@ std::vector<double> rough_centre(const Samples& s) {
   });
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = taken > 0 && std::isfinite(sums[c]) ? sums[c] / taken : 0;
-    sums[c] = centre_near(mean, taken > 0 ? zeros[c] / taken : 0, s.x.dtype);
+    sums[c] = centre_near(mean, taken > 0 ? squares[c] / taken - mean * mean : 0, s.x.dtype);
   }
   return sums;
 }
@@ -217,19 +217,20 @@ void update_in_place(const CovarianceArgs& args) {
   std::vector<double> workspace(channel_moments_workspace(of_batch));
   of_batch.workspace = workspace.data();
   channel_moments_update(of_batch);
-  if (skipped > 0) {
+  const double most = *std::max_element(moments.begin() + channels, moments.begin() + 2 * channels);
+  // Or numbers so far apart that their distance is no float32.
+  if (skipped > 0 || (args.x.dtype != Dtype::kFloat64 && most > 0x1p252)) {
     ++*args.skipped;
     return;
   }
   Means batch{count, {moments.begin(), moments.begin() + channels}, {}};
   std::vector<double> shift;
   for (int64_t c = 0; c < channels; ++c) {
-    shift.push_back(centre_near(batch.mean[c], moments[3 * channels + c] / count, args.x.dtype));
+    shift.push_back(centre_near(batch.mean[c], moments[channels + c] / count, args.x.dtype));
     batch.from_shift.push_back(batch.mean[c] - shift[c]);
   }
   // Squares of very large or small float32 are no float32.
-  const double largest = *std::max_element(moments.begin() + channels, moments.begin() + 2 * channels) / count;
-  const double unit = largest > 0 ? std::exp2(std::clamp(-std::ilogb(largest) / 2, -126, 126)) : 1;
+  const double unit = most > 0 ? std::exp2(std::clamp(-std::ilogb(most / count) / 2, -126, 126)) : 1;
   for (int64_t g = 0; g < args.groups; ++g) {
     double* const comoment = args.comoment + g * width * width;
     add_up_in_place(s, g * width, width, shift.data(), unit, args.scale * args.scale / (unit * unit), comoment);
@@ -261,7 +262,9 @@ void covariance_update(const CovarianceArgs& args) {
     if (!is_centred(group, batch.added)) {
       for (int64_t c = 0; c < width; ++c) {
         double& value = shift[g * width + c];
-        value = centre_near(value + group.sums[c] / batch.added, 0, args.x.dtype);
+        const double off = group.sums[c] / batch.added;
+        const double variance = group.products[c * (width + 1)] / batch.added - off * off;
+        value = centre_near(value + off, variance, args.x.dtype);
       }
       group = add_up_in_range(s, g * width, width, shift.data(), slices);
     }

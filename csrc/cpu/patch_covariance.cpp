@@ -9,14 +9,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <map>
-#include <numeric>
 #include <vector>
 
 #include "../kernels.h"
 #include "centre.h"
 #include "load.h"
 #include "multiarch.h"
+#include "pixel_families.h"
 #include "pixel_products.h"
 #include "pixel_sums.h"
 #include "vectors.h"
@@ -44,57 +43,6 @@ const auto add_products_here = __builtin_cpu_supports("x86-64-v4")   ? add_produ
 #else
 const auto add_products_here = add_products_128;
 #endif
-
-// Lattices that no slot of another family has: those of one offset.
-struct Family {
-  std::vector<int64_t> lattices, slots;
-  int64_t work = 0;
-};
-
-std::vector<int64_t> lattices_of(const PatchCovarianceArgs& args, int64_t slot) {
-  return {args.slot_lattices + (slot == 0 ? 0 : args.slot_ends[slot - 1]), args.slot_lattices + args.slot_ends[slot]};
-}
-
-// Families, gathered into at least `least` groups where there are so many, of about equal work.
-std::vector<Family> gather(const PatchCovarianceArgs& args, int64_t least) {
-  std::vector<int64_t> parent(args.lattices);
-  std::iota(parent.begin(), parent.end(), 0);
-  const auto root = [&](int64_t k) {
-    while (parent[k] != k) k = parent[k];
-    return k;
-  };
-  std::vector<std::vector<int64_t>> slots;
-  for (int64_t slot = 0; slot < args.slots; ++slot) {
-    slots.push_back(lattices_of(args, slot));
-    for (const int64_t k : slots.back()) parent[root(k)] = root(slots.back()[0]);
-  }
-  std::map<int64_t, Family> families;
-  for (int64_t slot = 0; slot < args.slots; ++slot) {
-    if (!slots[slot].empty()) families[root(slots[slot][0])].slots.push_back(slot);
-  }
-  for (int64_t k = 0; k < args.lattices; ++k) {
-    const PixelPairs& pairs = args.pairs[k];
-    Family& family = families[root(k)];
-    family.lattices.push_back(k);
-    family.work += pairs.rows * pairs.columns * (pairs.down == 0 && pairs.right == 0 ? 1 : 2);
-  }
-
-  constexpr int64_t kMostLattices = 32;  // two products each, so that they stay in cache
-  std::vector<Family> sorted;
-  for (auto& [_, family] : families) sorted.push_back(std::move(family));
-  std::stable_sort(sorted.begin(), sorted.end(), [](const Family& a, const Family& b) { return a.work > b.work; });
-  const int64_t count = std::clamp<int64_t>((args.lattices + kMostLattices - 1) / kMostLattices, least,
-                                            std::max<int64_t>(least, sorted.size()));
-  std::vector<Family> groups(std::min<int64_t>(count, sorted.size()));
-  for (const Family& family : sorted) {
-    Family& lightest = *std::min_element(groups.begin(), groups.end(),
-                                         [](const Family& a, const Family& b) { return a.work < b.work; });
-    lightest.lattices.insert(lightest.lattices.end(), family.lattices.begin(), family.lattices.end());
-    lightest.slots.insert(lightest.slots.end(), family.slots.begin(), family.slots.end());
-    lightest.work += family.work;
-  }
-  return groups;
-}
 
 // What a batch adds to one slot. Of the first pixels and of their partners, for every channel (times taps): their mean
 // from the centre, and how far that mean is from the running one.
@@ -133,7 +81,9 @@ class Update {
   }
 
  private:
+  // Those of all pixels in float64, and the distance of two in the working type.
   bool squares_fit(double largest) const {
+    if (args_.x.dtype != Dtype::kFloat64 && largest > 0x1p127) return false;
     return std::isfinite(4 * largest * largest * args_.x.examples * args_.height * args_.width);
   }
 
@@ -147,12 +97,11 @@ class Update {
       largest = k;
       most = pairs.rows * pairs.columns;
     }
+    const double pixels = static_cast<double>(args_.x.examples * args_.height * args_.width);
     for (int64_t e = 0; e < entries_; ++e) {
       double mean = 0;
       if (largest >= 0) mean = sums.first[largest * entries_ + e] / static_cast<double>(args_.x.examples * most);
-      const double zeros =
-          sums.zeros[e / args_.taps] / static_cast<double>(args_.x.examples * args_.height * args_.width);
-      centre_.push_back(centre_near(mean, zeros, args_.x.dtype));
+      centre_.push_back(centre_near(mean, sums.squares[e / args_.taps] / pixels - mean * mean, args_.x.dtype));
     }
   }
 
@@ -206,29 +155,26 @@ class Update {
       parts.push_back(products + 2 * k * kTile);
       same_pixel = args_.pairs[lattice].down == 0 && args_.pairs[lattice].right == 0;
     }
-    const int64_t width = work.width, group = work.own ? 0 : task.begin_i / width, begin = group * width;
-    double* const comoment = args_.comoment + (slot * args_.groups + group) * width * width;
     if (work.own) {
       for (int64_t i = task.begin_i; i < task.end_i; ++i) {
-        merge(work, slot, i, i, i + 1, parts, i - task.begin_i, comoment + i);
+        merge(work, slot, i, i, i + 1, parts, i - task.begin_i, args_.comoment + slot * args_.groups + i);
       }
       return;
     }
+    const int64_t width = work.width, group = task.begin_i / width, begin = group * width;
+    double* const comoment = args_.comoment + (slot * args_.groups + group) * width * width;
+    const auto at = [&](int64_t a, int64_t b) { return comoment + (a - begin) * width + b - begin; };
     for (int64_t i = task.begin_i; i < task.end_i; ++i) {
-      merge(work, slot, i, same_pixel && task.is_diagonal() ? i : task.begin_j, task.end_j, parts,
-            (i - task.begin_i) * kBlock + (same_pixel && task.is_diagonal() ? i - task.begin_j : 0),
-            comoment + (i - begin) * width + (same_pixel && task.is_diagonal() ? i : task.begin_j) - begin);
+      const int64_t j = same_pixel && task.is_diagonal() ? i : task.begin_j;
+      merge(work, slot, i, j, task.end_j, parts, (i - task.begin_i) * kBlock + j - task.begin_j, at(i, j));
     }
     if (same_pixel) {
       for (int64_t i = task.begin_i; i < task.end_i; ++i) {
-        for (int64_t j = std::max(i + 1, task.begin_j); j < task.end_j; ++j) {
-          comoment[(j - begin) * width + i - begin] = comoment[(i - begin) * width + j - begin];
-        }
+        for (int64_t j = std::max(i + 1, task.begin_j); j < task.end_j; ++j) *at(j, i) = *at(i, j);
       }
     } else if (!task.is_diagonal()) {
       for (int64_t j = task.begin_j; j < task.end_j; ++j) {
-        merge(work, slot, j, task.begin_i, task.end_i, parts, kTile + (j - task.begin_j) * kBlock,
-              comoment + (j - begin) * width + task.begin_i - begin);
+        merge(work, slot, j, task.begin_i, task.end_i, parts, kTile + (j - task.begin_j) * kBlock, at(j, task.begin_i));
       }
     }
   }

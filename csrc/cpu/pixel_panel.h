@@ -46,6 +46,14 @@ class PixelPanel : Lanes<Vector> {
     const Line &rows = grid.row_lines[0], &columns = grid.column_lines[0];
     const bool even = grid.taps == 1 && columns.even;
     const bool whole = even && rows.even && (rows.step == grid.columns * columns.step || band.rows == 1);
+    if (even && grid.pixels() == 1) {  // examples are as good as pixels
+      const T* const first_map = static_cast<const T*>(x.data) + band.example * x.example_stride;
+      const int64_t begin = rows.offsets[0] + columns.offsets[0];
+      if (begin >= 0) {
+        pack_run(first_map + first * x.channel_stride + begin, x.channel_stride, x.example_stride, band.examples);
+        return;
+      }
+    }
     for (int64_t n = band.example; n < band.example + band.examples; ++n) {
       const T* const map = static_cast<const T*>(x.data) + n * x.example_stride;
       if (whole) {

@@ -72,7 +72,11 @@ class Runs {
     const int64_t end = last < 0 ? 0 : std::min(pairs.rows, last / grid.row_step + 1);
     const int64_t distance = pairs.down * grid.columns + pairs.right;
     // Rows without gaps are one run.
-    const bool dense = pairs.columns == grid.columns && grid.row_step == 1;
+    const bool dense = pairs.columns == grid.columns && grid.row_step == 1 && grid.column_step == 1;
+    if (dense && end - begin == grid.rows) {  // and so are whole maps
+      add(0, distance, band.examples * grid.pixels(), 1);
+      return close();
+    }
     for (int64_t n = 0; n < band.examples; ++n) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t row = pairs.top + k * grid.row_step - band.row;
@@ -81,7 +85,7 @@ class Runs {
         if (dense) break;
       }
     }
-    if (batches_.back() < static_cast<int64_t>(runs_.size())) batches_.push_back(runs_.size());
+    close();
   }
 
   template <class Use>
@@ -91,6 +95,10 @@ class Runs {
 
  private:
   static constexpr int64_t kTogether = 256;
+
+  void close() {
+    if (batches_.back() < static_cast<int64_t>(runs_.size())) batches_.push_back(runs_.size());
+  }
 
   void add(int64_t first, int64_t distance, int64_t length, int64_t step) {
     while (length > 0) {

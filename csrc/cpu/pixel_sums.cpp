@@ -63,7 +63,7 @@ class Cells {
 // Of the pixels that were read, or, if channels lie side by side, of one channel each.
 struct Seen {
   double largest[kTogether] = {};  // |x|
-  double zeros[kTogether] = {};
+  double squares[kTogether] = {};
 };
 
 // Pixels of a row added to the sums of their columns, or channels of a pixel to those of its cell.
@@ -72,7 +72,7 @@ inline void add_row(const T* from, int64_t stride, int64_t count, double* sums, 
   const auto add = [&](int64_t k, int64_t lane, double value) {
     sums[k] += value;
     seen.largest[lane] = std::abs(value) > seen.largest[lane] ? std::abs(value) : seen.largest[lane];
-    seen.zeros[lane] += value == 0 ? 1.0 : 0.0;
+    seen.squares[lane] += value * value;
   };
   for (int64_t first = 0; first < count; first += kTogether) {
     const int64_t lanes = std::min(kTogether, count - first);
@@ -210,12 +210,12 @@ PixelSums sum_pixels(const PatchCovarianceArgs& args) {
   });
 
   PixelSums sums;
-  sums.zeros.resize(channels);
+  sums.squares.resize(channels);
   for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t lane = 0; lane < kTogether; ++lane) {
       sums.largest = std::max(sums.largest, seen[b].largest[lane]);
       const int64_t channel = neighbours ? b * together + lane : b;
-      if (channel < channels) sums.zeros[channel] += seen[b].zeros[lane];
+      if (channel < channels) sums.squares[channel] += seen[b].squares[lane];
     }
   }
   sums.finite = std::all_of(cells.begin(), cells.end(), [](double sum) { return std::isfinite(sum); });

@@ -10,8 +10,8 @@ namespace pcafast::cpu {
 struct PixelSums {
   // (lattices, channels * taps), of first pixels and of their partners, over all examples.
   std::vector<double> first, partner;
-  double largest = 0;         // |x|
-  std::vector<double> zeros;  // (channels,)  how many pixels of x are zero
+  double largest = 0;           // |x|
+  std::vector<double> squares;  // (channels,)  of the same pixels, added up
   bool finite = true;
 };
 

@@ -78,7 +78,7 @@ __device__ inline void judge_channel(const PairBatch& batch, bool raw, int64_t c
   Verdict& verdict = batch.verdicts[0];
   if (!(square <= kLargest * count)) verdict.huge = 1;
   if (square >= kSmallest * count) verdict.sizeable = 1;
-  if (sum * mean > (raw ? 64.0 / 65 : 0.5) * square) verdict.uncentred = 1;
+  if (sum * mean > (raw ? 8.0 / 9 : 0.5) * square) verdict.uncentred = 1;
 }
 
 // A thread to a channel.

@@ -39,8 +39,13 @@ class _ChannelCovariance(Statistic):
 
     def _accumulate(self, x: Tensor, weight: Tensor | None, scale: float = 1.0) -> None:
         channels = channel_count(x, self.channel_dim)
-        if channels % self.groups:
+        if self.groups < 1 or channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
+        # To look costs a wait on other devices; there such a batch changes nothing.
+        if weight is not None and weight.device.type == "cpu" and weight.numel() and not weight.any():
+            raise ArgumentError(
+                f"weight: expected some position that counts, got {tuple(weight.shape)} zeros. Leave such a batch out."
+            )
         sizes = {"channels": channels, "groups": self.groups, "group channels": channels // self.groups}
         state = self._ready(x.device, sizes)
         with self._noticing_nonfinite():

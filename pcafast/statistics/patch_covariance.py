@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pcafast.errors import ArgumentError
-from pcafast.functional import MeanCovariance, add_patches, finish_patch_covariance
-from pcafast.patches import Layout, Padding, PaddingMode, Patches, to_windows
-from pcafast.statistics.statistic import Side, State, Statistic, Total
+from pcafast.functional import MeanCovariance, add_patches, channel_count, finish_patch_covariance
+from pcafast.patches import Padding, PaddingMode, Patches, to_windows
+from pcafast.statistics.statistic import Side, Sizes, State, Statistic, Total
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,19 +112,26 @@ class PatchCovariance(Statistic):
         Raises:
             ArgumentError: not of these shapes, or no patch fits into it.
         """
+        if not x.is_floating_point():
+            raise ArgumentError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
         maps = self._maps(x)
         channels = maps.shape[1]
-        if channels % self.groups:
+        if self.groups < 1 or channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
-        layout = self._layout(maps)
+        layout = self._patches.layout(maps, self.groups)
         entries = channels * len(layout.taps)
         sizes = {
-            "slots": len(layout.slot_ends),
             "entries": entries,
             "groups": self.groups,
             "group entries": entries // self.groups,
             "taps": layout.members.shape[1],
         }
+        self._check_sizes(sizes)  # before the state is touched
+        if not (self.is_empty or torch.equal(layout.members, self._members())):
+            # Maps of this size cut windows otherwise than those before.
+            self._spread()
+            layout = self._patches.layout(maps, self.groups, windows=True)
+        sizes["slots"] = len(layout.slot_ends)
         is_new = self.is_empty
         state = self._ready(x.device, sizes)
         if is_new:
@@ -145,12 +152,28 @@ class PatchCovariance(Statistic):
         """Take in all that ``other`` has seen, as if this statistic had seen it."""
         both = isinstance(other, PatchCovariance) and other.settings == self.settings
         if both and not (self.is_empty or other.is_empty or torch.equal(self._members(), other._members())):
+            self._check_sizes(other._sizes())
             copy = dataclasses.replace(other)
             copy.load_state_dict(other.state_dict())
             copy._spread()
             self._spread()
             other = copy
         super().merge(other)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, forgetting the present one.
+
+        Raises:
+            ArgumentError: names, shapes or dtypes are not those of this statistic.
+        """
+        if "members" in state and "comoment" in state:
+            expected = {(self.groups, 1), (self.groups, self._patches.size)}
+            found = (*state["comoment"].shape[1:2], *state["members"].shape[1:2])
+            if found not in expected:
+                raise ArgumentError(
+                    f"state: expected {self.groups} groups and a kernel of {self._patches.size} pixels, got {found}"
+                )
+        super().load_state_dict(state)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the statistics of all processes into each of them. All must call it, once, at the end."""
@@ -163,19 +186,18 @@ class PatchCovariance(Statistic):
 
     def _maps(self, x: Tensor) -> Tensor:
         """The input as (N, C, H, W)."""
-        if self.channel_dim == -1:
-            return x.reshape(-1, x.shape[-1]).T[None, :, None]
+        if self.channel_dim == -1 and x.ndim:
+            return x.flatten(0, -2)[:, :, None, None] if x.ndim > 1 else x[None, :, None, None]
         if x.ndim not in (3, 4):
             raise ArgumentError(f"x: expected maps of shape (N, C, H, W) or (N, C, L), got shape {tuple(x.shape)}")
+        if channel_count(x, self.channel_dim):
+            x = x.movedim(self.channel_dim, 1)
         return x if x.ndim == 4 else x.unsqueeze(2)
 
-    def _layout(self, maps: Tensor) -> Layout:
-        """What to add up; where maps of this size cut windows otherwise than those before, in slots of windows."""
-        layout = self._patches.layout(maps, self.groups)
-        if self.is_empty or torch.equal(layout.members, self._members()):
-            return layout
-        self._spread()
-        return self._patches.layout(maps, self.groups, windows=True)
+    def _check_sizes(self, sizes: Sizes) -> None:
+        """Refuse all that differs from the state but the number of slots, for which there is a way."""
+        mine = {name: size for name, size in self._sizes().items() if name != "slots"}
+        self._common_sizes([mine, {name: size for name, size in sizes.items() if name != "slots"}])
 
     def _members(self) -> Tensor:
         """Those of the state, on the CPU without asking the device every time."""

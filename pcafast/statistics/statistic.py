@@ -169,7 +169,7 @@ class Statistic(ABC):
                     f"state {name!r}: expected {declared.dtype} of shape {declared.shape} with {sizes}, "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
-        self._state = {name: tensor.clone() for name, tensor in state.items()}
+        self._state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
     def _combined(self, parts: Sequence[Mapping[str, Tensor]], total: Total) -> dict[str, Tensor]:
         """One state from several; ``total`` adds up one tensor of each, and those of other processes."""
