@@ -122,6 +122,16 @@ def test_maps_of_one_column_or_row(size, kernel, stride):
     assert error(patch_covariance(x, kernel, stride=stride).covariance, exact) <= 1e-12
 
 
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("channels", "height", "width"), [(20, 3, 1500), (3, 1, 9000), (2, 40, 2100), (100, 2, 2049)])
+def test_rows_that_are_cut(channels, height, width, stride):
+    x = torch.randn(2, channels, height, width) + 1
+    convolution = {"kernel_size": (min(height, 3), 4), "padding": ((0, 1), (2, 5)), "dilation": (1, 3)}
+    exact = mean_and_covariance(columns(x, stride=stride, **convolution))[1]
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert error(patch_covariance(laid_out, stride=stride, **convolution).covariance, exact) <= 1e-6
+
+
 # Accuracy
 
 

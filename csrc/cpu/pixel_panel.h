@@ -13,9 +13,11 @@
 
 namespace pcafast::cpu {
 
-// Rows [row, row + rows) of `examples` maps from `example` on.
+// Of `examples` maps from `example` on: the pixels to pack, and those of them (from the same row on) that are its own.
 struct Band {
-  int64_t example, examples, row, rows;
+  int64_t example, examples;
+  int64_t row, rows, column, columns;
+  int64_t own_rows, own_column, own_columns;
 };
 
 template <class Vector>
@@ -45,7 +47,7 @@ class PixelPanel : Lanes<Vector> {
     std::copy(centre + first, centre + first + entries, centre_.get());
     const Line &rows = grid.row_lines[0], &columns = grid.column_lines[0];
     const bool even = grid.taps == 1 && columns.even;
-    const bool whole = even && rows.even && (rows.step == grid.columns * columns.step || band.rows == 1);
+    const bool whole = even && rows.even && (rows.step == band.columns * columns.step || band.rows == 1);
     if (even && grid.pixels() == 1) {  // examples are as good as pixels
       const T* const first_map = static_cast<const T*>(x.data) + band.example * x.example_stride;
       const int64_t begin = rows.offsets[0] + columns.offsets[0];
@@ -57,16 +59,16 @@ class PixelPanel : Lanes<Vector> {
     for (int64_t n = band.example; n < band.example + band.examples; ++n) {
       const T* const map = static_cast<const T*>(x.data) + n * x.example_stride;
       if (whole) {
-        const int64_t begin = rows.offsets[band.row] + columns.offsets[0];
-        pack_run(map + first * x.channel_stride + begin, x.channel_stride, columns.step, band.rows * grid.columns);
+        const int64_t begin = rows.offsets[band.row] + columns.offsets[band.column];
+        pack_run(map + first * x.channel_stride + begin, x.channel_stride, columns.step, band.rows * band.columns);
         continue;
       }
       for (int64_t row = band.row; row < band.row + band.rows; ++row) {
         if (even && rows.offsets[row] >= 0) {
-          const int64_t begin = rows.offsets[row] + columns.offsets[0];
-          pack_run(map + first * x.channel_stride + begin, x.channel_stride, columns.step, grid.columns);
+          const int64_t begin = rows.offsets[row] + columns.offsets[band.column];
+          pack_run(map + first * x.channel_stride + begin, x.channel_stride, columns.step, band.columns);
         } else {
-          look_up(grid, map, first, row);
+          look_up(grid, band, map, first, row);
         }
       }
     }
@@ -157,20 +159,20 @@ class PixelPanel : Lanes<Vector> {
 
   // A row of which pixels lie anywhere.
   template <class T>
-  void look_up(const PixelGrid& grid, const T* map, int64_t first, int64_t row) {
+  void look_up(const PixelGrid& grid, const Band& band, const T* map, int64_t first, int64_t row) {
     for (int64_t e = 0; e < entries_; ++e) {
       const int64_t channel = (first + e) / grid.taps, tap = (first + e) % grid.taps;
       const int64_t row_offset = grid.row_lines[tap].offsets[row];
-      const int64_t* const offsets = grid.column_lines[tap].offsets.data();
+      const int64_t* const offsets = grid.column_lines[tap].offsets.data() + band.column;
       const T* const from = map + channel * grid.x.channel_stride + row_offset;
       Work* const to = (Work*)(packed(e / kLanes) + pixels_) + e % kLanes;
       const Work centre = centre_[e];
-      for (int64_t k = 0; k < grid.columns; ++k) {
+      for (int64_t k = 0; k < band.columns; ++k) {
         const bool is_zero = row_offset < 0 || offsets[k] < 0;
         to[k * kLanes] = ((is_zero ? Work(0) : element(from[offsets[k]])) - centre) * unit_;
       }
     }
-    pixels_ += grid.columns;
+    pixels_ += band.columns;
   }
 
   template <int kVectors>
