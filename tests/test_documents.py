@@ -1,7 +1,9 @@
 """The tables in the documents are those of the result files, and the README's code runs."""
 
 import importlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,13 @@ def test_every_table_stands_in_a_document_and_a_changed_one_is_made_anew(render)
     for text in texts:
         assert "x |\n" in text
         assert render.rendered(text.replace("x |\n", "y |\n")) == text
+
+
+def test_commands_of_results_hold_no_folder_of_the_machine_they_were_measured_on():
+    files = sorted((REPOSITORY / "benchmarks/results").glob("*.json"))
+    assert files
+    words = {file.name: shlex.split(json.loads(file.read_text())["command"]) for file in files}
+    assert {name: bad for name, parts in words.items() if (bad := [part for part in parts if part[:1] == "/"])} == {}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

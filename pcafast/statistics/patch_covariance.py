@@ -190,8 +190,8 @@ class PatchCovariance(Statistic):
             return x.flatten(0, -2)[:, :, None, None] if x.ndim > 1 else x[None, :, None, None]
         if x.ndim not in (3, 4):
             raise ArgumentError(f"x: expected maps of shape (N, C, H, W) or (N, C, L), got shape {tuple(x.shape)}")
-        if channel_count(x, self.channel_dim):
-            x = x.movedim(self.channel_dim, 1)
+        channel_count(x, self.channel_dim)  # which refuses a dimension that x does not have
+        x = x.movedim(self.channel_dim, 1)
         return x if x.ndim == 4 else x.unsqueeze(2)
 
     def _check_sizes(self, sizes: Sizes) -> None:
