@@ -7,11 +7,14 @@ In a document, a table stands between <!-- NAME --> and <!-- end -->, NAME being
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import operator_tables
 import results
 from tables import paragraph, table
+
+from pcafast.recipes import RECIPES
 
 DOCUMENTS = [Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md"]
 
@@ -118,8 +121,15 @@ def headline() -> str:
     )
 
 
+def recipe(name: str) -> str:
+    """What ``pcafast reproduce`` shows."""
+    titles, rows, notes = RECIPES[name].table(results.read(name.replace("-", "_")))
+    return "\n\n".join([table(titles, rows), *map(paragraph, notes)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **operator_tables.TABLES,
+    **{name.replace("-", "_"): partial(recipe, name) for name in RECIPES},
     **{
         function.__name__: function
         for function in (low_rank, pruning, planning, kills, handover, collect_cost, demo, headline)

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pcafast.files import write_atomically
-from pcafast.loop.environment import environment
+from pcafast.loop.environment import write_results
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -15,9 +14,8 @@ FOLDER = Path(__file__).parent / "results"
 def write(name: str, results: dict[str, Any], path: Path | None = None) -> None:
     """Write benchmarks/results/NAME.json, or another file."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    text = json.dumps({"command": command, "environment": environment(), "results": results}, indent=2) + "\n"
     target = path or FOLDER / f"{name}.json"
-    write_atomically({target: lambda file: file.write_text(text)})
+    write_results(target, command, results)
     print(f"written to {target}")
 
 

@@ -1,19 +1,21 @@
 """pcafast streams the statistics that compressing a PyTorch model needs, and makes the smaller model."""
 
-from pcafast import data, functional, models, scores
-from pcafast.apply import rebind_optimizer, reestimate_batch_norm
+from pcafast import bases, data, functional, models, scores
+from pcafast.apply import random_factors, rebind_optimizer, reestimate_batch_norm
 from pcafast.collect import Collection, collect
 from pcafast.errors import ArgumentError, FileError, PcafastError, PcafastWarning
-from pcafast.loop import Compressed, Criterion, compress
+from pcafast.loop import Compressed, Criterion, Directions, compress, projection_hessians, rank_losses, refit
 from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
 from pcafast.result import load, save
 from pcafast.statistics import (
+    ActivationGradient,
     ChannelMoments,
     Covariance,
     FeatureMapRank,
     GradientCovariance,
     NonFiniteError,
     PatchCovariance,
+    ProjectionHessian,
     Statistic,
     Taylor,
     load_statistics,
@@ -21,6 +23,7 @@ from pcafast.statistics import (
 )
 
 __all__ = [
+    "ActivationGradient",
     "ArgumentError",
     "Budget",
     "ChannelMoments",
@@ -28,6 +31,7 @@ __all__ = [
     "Compressed",
     "Covariance",
     "Criterion",
+    "Directions",
     "FeatureMapRank",
     "FileError",
     "GradientCovariance",
@@ -36,8 +40,10 @@ __all__ = [
     "PcafastError",
     "PcafastWarning",
     "Plan",
+    "ProjectionHessian",
     "Statistic",
     "Taylor",
+    "bases",
     "collect",
     "compress",
     "data",
@@ -47,8 +53,12 @@ __all__ = [
     "models",
     "plan_low_rank",
     "plan_pruning",
+    "projection_hessians",
+    "random_factors",
+    "rank_losses",
     "rebind_optimizer",
     "reestimate_batch_norm",
+    "refit",
     "save",
     "save_statistics",
     "scores",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcafast import reference
+from pcafast.cross_moments import as_maps, cross_moments
 from pcafast.errors import ArgumentError
 from pcafast.memory import require_memory
 from pcafast.native import operators
@@ -27,6 +28,18 @@ class MeanCovariance(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
+
+
+class ActivationGradientMatrix(NamedTuple):
+    """Mean (C,) of activations and their matrix (C, C) with the loss gradient; (G, C/G, C/G) with G > 1 groups."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    @property
+    def symmetric(self) -> Tensor:
+        """The matrix and its transpose added up: twice the same quadratic form."""
+        return self.matrix + self.matrix.mT
 
 
 def covariance(x: Tensor, *, channel_dim: int = 1, correction: int = 0) -> MeanCovariance:
@@ -177,6 +190,43 @@ def finish_taylor(examples: Tensor, positions: Tensor, sums: Tensor, reduction: 
     row = get_args(TaylorReduction).index(reduction)
     divisor = examples if reduction.startswith("molchanov") else positions
     return sums[row].abs() / divisor
+
+
+def activation_gradient(
+    activation: Tensor, gradient: Tensor, *, channel_dim: int = 1, loss_reduction: LossReduction = "mean"
+) -> ActivationGradientMatrix:
+    """What projecting a direction of the channels out of an activation does to the loss (pca-compress).
+
+    See ``pcafast.ActivationGradient``, whose output side this is.
+
+    Args:
+        activation: (N, C, *), or with the channels elsewhere.
+        gradient: of the loss by the activation, of the same shape.
+        channel_dim: which dimension holds the channels.
+        loss_reduction: how the batch's loss was made from its examples'. The gradient of a ``mean`` is
+            multiplied by N to give each example's own.
+
+    Returns:
+        mean (C,) of the activation and matrix (C, C), float64.
+
+    Raises:
+        ValueError: shapes differ, no data, NaN or infinities, or a dtype that is not floating.
+    """
+    if activation.shape != gradient.shape:
+        raise ArgumentError(f"gradient: expected shape {tuple(activation.shape)}, got {tuple(gradient.shape)}")
+    channel_count(activation, channel_dim)
+    a = as_maps("activation", activation.detach(), channel_dim)
+    g = as_maps("gradient", gradient.detach(), channel_dim)
+    positions, mean, _, comoment = cross_moments(a, g, Patches.of(1))
+    _require_data("activation and gradient", activation, ~(mean.sum() + comoment.sum()).isfinite())
+    comoment = loss_scale(len(gradient), loss_reduction) * comoment
+    return finish_activation_gradient(comoment.new_tensor(positions), mean, comoment)
+
+
+def finish_activation_gradient(count: Tensor, mean: Tensor, comoment: Tensor) -> ActivationGradientMatrix:
+    """The matrix that belongs to running sums (G, C/G, C/G)."""
+    blocks = comoment / count
+    return ActivationGradientMatrix(mean.clone(), blocks[0] if len(blocks) == 1 else blocks)
 
 
 def feature_map_rank(x: Tensor, *, rtol: float | None = None, atol: float = 0.0) -> Tensor:

@@ -63,7 +63,7 @@ def test_demo(pcafast_command):
 def test_stats_compress_evaluate(pcafast_command, weights):
     code, out, _ = pcafast_command(
         *("stats", "digits_cnn", "--weights", weights, "--out", "s.safetensors", "--images", 200),
-        *("--statistics", "covariance,patches,taylor,rank,gradient,moments"),
+        *("--statistics", "covariance,patches,taylor,rank,gradient,moments,activation_gradient"),
     )
     assert code == 0
     assert "conv3" in out

@@ -237,6 +237,7 @@ def in_place(x, change):
         lambda x: F.relu(F.relu(x) + x),
         lambda x: F.relu(x.clone(), inplace=True) * x,
         lambda x: in_place(x, F.relu_),
+        lambda x: F.relu(F.dropout(x, 0.5, False), inplace=True),
         lambda x: in_place(x, lambda y: F.leaky_relu(y, 0.1, True)),
         lambda x: in_place(x, lambda y: F.silu(y, inplace=True)),
         lambda x: in_place(x, lambda y: y.add_(1)).square(),

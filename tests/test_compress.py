@@ -289,7 +289,7 @@ def test_chosen_layers_stay_chosen_as_factors(tmp_path):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("svd", {}, "method: expected pca, taylor, rank, l1 or a pcafast.Criterion, got 'svd'"),
+        ("svd", {}, "method: expected one of pca, .*, l1, a pcafast.Criterion or pcafast.Directions, got 'svd'"),
         ("pca", {"budget": 0.5}, "budget: expected a pcafast.Budget"),
         ("pca", {"budget": pcafast.Budget(macs=0.001)}, r"budget: macs=0.001 cannot be met.*nearest"),
         ("pca", {"budget": pcafast.Budget(channels=0.5)}, "budget: expected a share of macs or params"),

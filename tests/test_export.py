@@ -12,7 +12,7 @@ from torch import nn
 import pcafast
 from pcafast import models
 
-SIZES = {"digits_cnn": (1, 8, 8), "lenet5": (1, 28, 28)}
+SIZES = {"digits_cnn": (1, 8, 8), "lenet5": (1, 28, 28), "mnist_cnn": (1, 28, 28)}
 NAMES = [*sorted(set(models.available()) - {"resnet32", "resnet44", "resnet56", "resnet110"}), "torchvision:resnet50"]
 HOW = ["low_rank", "pruned"]
 

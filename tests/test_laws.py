@@ -13,7 +13,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pcafast
-from pcafast import ChannelMoments, Covariance, FeatureMapRank, GradientCovariance, PatchCovariance, Taylor
+from pcafast import (
+    ActivationGradient,
+    ChannelMoments,
+    Covariance,
+    FeatureMapRank,
+    GradientCovariance,
+    PatchCovariance,
+    Taylor,
+)
 
 STATISTICS = {
     "covariance": Covariance,
@@ -23,8 +31,10 @@ STATISTICS = {
     "taylor": Taylor,
     "rank": FeatureMapRank,
     "moments": ChannelMoments,
+    "activation_gradient": ActivationGradient,
+    "patch_gradient": lambda: ActivationGradient(side="input"),
 }
-KINDS = [Covariance, PatchCovariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments]
+KINDS = [Covariance, PatchCovariance, Taylor, FeatureMapRank, GradientCovariance, ChannelMoments, ActivationGradient]
 
 
 def network(seed=0):
@@ -225,6 +235,29 @@ def test_law_4_memory_of_a_training_step(block, tap):
     assert watched <= 1.02 * plain, f"{watched:,} against {plain:,} bytes"
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("tap", ["layer", "norm", "activation"])
+def test_law_4_the_activation_gradient_keeps_what_a_relu_would_let_go_and_no_more(block, tap):
+    """The exception to the law: of a ReLU autograd keeps the result, and this needs what went into it."""
+    depth, images, labels = 6, torch.randn(64, 3, 24, 24), torch.randint(0, 10, (64,))
+    layers = [layer for _ in range(depth) for layer in BLOCKS[block]()]
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+    def step():
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+
+    step()
+    plain = peak_memory(step)
+    with pcafast.collect(model, o=ActivationGradient(tap=tap), i=ActivationGradient(side="input")) as stats:
+        step()  # makes the states
+        watched = peak_memory(step)
+    assert all(not statistic.is_empty for layers in stats.values() for statistic in layers.values())
+    before_relu = tap == "norm" or (tap == "layer" and "BN" not in block)
+    kept = depth * 4 * 64 * 16 * 24 * 24 if before_relu else 0
+    assert watched <= 1.02 * plain + kept, f"{watched:,} against {plain:,} bytes and {kept:,} kept"
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_law_4_taylor_before_a_relu_equals_after_it(inplace):
     torch.manual_seed(0)
@@ -317,7 +350,8 @@ def test_law_5_a_layer_called_twice_counts_twice():
         atol=1e-7,
     )
     assert stats["taylor"]["layer"].state_dict()["examples"] == 6
-    assert stats["gradient"]["layer"].state_dict()["count"] == 6 * 36
+    for name in ("gradient", "activation_gradient", "patch_gradient"):
+        assert stats[name]["layer"].state_dict()["count"] == 6 * 36
     assert stats["rank"]["layer"].distribution().sum() == 6 * 4
 
 
@@ -374,7 +408,7 @@ def test_law_6_a_batch_with_nan_is_left_out_counted_and_named(data):
     with pytest.warns(pcafast.PcafastWarning, match=r"covariance: NaN or infinities were left out.*0 \(1\), 3 \(1\)"):
         found = collected(*poisoned(data), [12, 12])
     kept = collected(data[0][:12], data[1][:12], [12])
-    for name in ("covariance", "patches", "taylor", "moments"):
+    for name in ("covariance", "patches", "taylor", "moments", "activation_gradient", "patch_gradient"):
         assert {layer: one.skipped for layer, one in found[name].items()} == {"0": 1, "3": 1, "6": 1}
         for layer, one in found[name].items():
             for state, value in one.state_dict().items():

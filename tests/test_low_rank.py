@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import pcafast
-from pcafast.bases import principal_components
+from pcafast.bases import pca
 from pcafast.errors import ArgumentError
 from pcafast.plan import LowRank, Plan, plan_low_rank
 
@@ -144,19 +144,20 @@ def test_a_side_that_the_statistics_are_not_of_is_refused():
 @pytest.mark.parametrize("kind", ["linear", "pointwise with stride", "grouped pointwise"])
 def test_full_rank_reproduces_the_layer(kind, side):
     model, x = _model_and_input(kind)
-    moments = _covariance(model, x, side)["0"].compute()
-    variances, basis = principal_components(moments.covariance)
+    statistic = _covariance(model, x, side)["0"]
+    basis = pca(statistic)
     action = LowRank(
         layer="0",
         weight_shape=list(model[0].weight.shape),
         side=side,
-        rank=variances.shape[-1],
+        rank=basis.encoder.shape[1],
         fuse_into=None,
         kept=1.0,
         params={"before": 0, "after": 0},
         macs=None,
     )
-    plan = Plan([action], tensors={"0.basis": basis.reshape(-1, *basis.shape[-2:]), "0.mean": moments.mean})
+    tensors = {"encoder": basis.encoder, "decoder": basis.decoder, "mean": basis.mean, "offset": basis.mean}
+    plan = Plan([action], tensors={f"0.{name}": tensor for name, tensor in tensors.items()})
     torch.testing.assert_close(plan.apply(model)(x), model(x), rtol=1e-10, atol=1e-10)
 
 

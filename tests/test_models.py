@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pcafast import data, models
 from pcafast.errors import ArgumentError, FileError
 
-INPUTS = {"digits_cnn": (1, 8, 8), "lenet5": (1, 28, 28)}
+INPUTS = {"digits_cnn": (1, 8, 8), "lenet5": (1, 28, 28), "mnist_cnn": (1, 28, 28)}
 
 
 @pytest.mark.parametrize("name", models.available())
@@ -26,6 +26,20 @@ def test_built_in_networks_score_every_class(name, num_classes):
 def test_lenet5_has_the_weights_of_the_experiments():
     weights = [p.numel() for name, p in models.build("lenet5").named_parameters() if name.endswith("weight")]
     assert weights == [150, 14400, 288000, 10080, 840]
+
+
+def test_mnist_cnn_is_what_was_described():
+    """Layer by layer, in plain functions; PyTorch's own example has 1,199,882 parameters, too."""
+    model = models.build("mnist_cnn").eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_199_882
+    images, state = torch.randn(3, 1, 28, 28), model.state_dict()
+    maps = F.conv2d(images, state["conv1.weight"], state["conv1.bias"]).clamp(min=0)
+    maps = F.conv2d(maps, state["conv2.weight"], state["conv2.bias"])  # no activation here
+    pooled = maps.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)).reshape(3, 9216)
+    hidden = (pooled @ state["fc1.weight"].T + state["fc1.bias"]).clamp(min=0)
+    torch.testing.assert_close(model(images), hidden @ state["fc2.weight"].T + state["fc2.bias"])
+    dropouts = {name: (type(m), m.p) for name, m in model.named_modules() if hasattr(m, "p")}
+    assert dropouts == {"dropout1": (nn.Dropout2d, 0.25), "dropout2": (nn.Dropout, 0.5)}
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])

@@ -212,6 +212,8 @@ class _Given(pcafast.Covariance):
     mean: torch.Tensor | None = None
     covariance: torch.Tensor | None = None
 
+    has_data = True
+
     def compute(self):
         return MeanCovariance(self.mean, self.covariance)
 
@@ -241,20 +243,20 @@ EYE = torch.eye(4)
             LINEAR,
             {"0": pcafast.Taylor()},
             {"ratio": 0.5},
-            "expected the Covariance or PatchCovariance of layer '0', got a Taylor",
+            "expected the Covariance or PatchCovariance of layer '0', or a basis .*, got a Taylor",
         ),
         (LINEAR, {"0": _Given(tap="norm")}, {"ratio": 0.5}, "right at layer '0'.* after its norm"),
         (
             LINEAR,
             {"0": _Given(mean=torch.zeros(3), covariance=torch.eye(3))},
             {"ratio": 0.5},
-            r"expected an output mean of shape \(4,\) and a covariance of shape \(4, 4\) for layer '0', got \(3,\)",
+            r"expected an output mean of shape \(4,\) and directions of shape \(1, 4, 4\) for layer '0', got \(3,\)",
         ),
         (
             nn.Sequential(nn.Conv2d(8, 4, 3, groups=2)),
             {"0": _Given(mean=torch.zeros(4), covariance=EYE)},
             {"ratio": 0.5},
-            r"a covariance of shape \(2, 2, 2\) for layer '0', got \(4,\) and \(4, 4\)",
+            r"directions of shape \(2, 2, 2\) for layer '0', got \(4,\) and \(1, 4, 4\)",
         ),
         (
             nn.Sequential(nn.Conv2d(4, 4, 3)),
@@ -268,7 +270,7 @@ EYE = torch.eye(4)
             {"ratio": 0.5},
             "statistics of layer '0': covariance: expected finite numbers",
         ),
-        (LINEAR, {"0": _Given()}, {}, "exactly one of budget, ratio and energy, got none"),
+        (LINEAR, {"0": _Given()}, {}, "exactly one of budget, ratio, energy and ranks, got none"),
         (LINEAR, {"0": _Given()}, {"ratio": 0.5, "energy": 0.9}, "exactly one .* got ratio, energy"),
         (LINEAR, {"0": _Given()}, {"ratio": 0.0}, r"ratio: expected a share in \(0, 1\], got 0.0"),
         (LINEAR, {"0": _Given()}, {"energy": 1.1}, r"energy: expected a share in \(0, 1\], got 1.1"),

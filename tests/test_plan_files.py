@@ -74,10 +74,10 @@ def test_plan_without_tensors_says_where_they_would_be(net, saved):
     plan, _ = saved
     with pytest.raises(PcafastError, match=r"holds no tensors, only the structure.*pcafast.load"):
         dataclasses.replace(plan, tensors=None).apply(net)
-    with pytest.raises(ArgumentError, match=r"expected a tensor '.*basis' for layer"):
+    with pytest.raises(ArgumentError, match=r"expected a tensor '.*encoder' for layer"):
         dataclasses.replace(plan, tensors={}).apply(net)
     wrong = {name: tensor[..., :1] for name, tensor in plan.tensors.items()}
-    with pytest.raises(ArgumentError, match=r"expected a basis of shape .* for layer"):
+    with pytest.raises(ArgumentError, match=r"expected tensor .*encoder. to be of shape"):
         dataclasses.replace(plan, tensors=wrong).apply(net)
 
 
@@ -91,7 +91,7 @@ def test_plan_without_tensors_says_where_they_would_be(net, saved):
         (lambda d: d["actions"].append(3), "expected actions of kind low_rank, prune, got 3"),
         (lambda d: d["actions"][0].update(kind="melt"), "expected actions of kind low_rank, prune, got"),
         (lambda d: d["actions"][0].pop("side"), "low_rank action '.*' cannot be read: .*side"),
-        (lambda d: d["actions"][0].update(side="left"), "side .* expected 'output' or 'input', got 'left'"),
+        (lambda d: d["actions"][0].update(side="left"), "side .* expected 'output', 'input' or 'both', got 'left'"),
         (lambda d: d["actions"][0].update(rank=0), "rank .* expected a positive integer, got 0"),
         (lambda d: d["actions"][0].update(rank=True), "rank .* expected a positive integer, got True"),
         (lambda d: d["actions"][0].update(weight_shape="big"), "weight_shape .* expected a list of sizes"),

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from pcafast.apply.modules import find, rebuilt, replace
 from pcafast.errors import ArgumentError
-from pcafast.plan import LowRank, register_applier
-from pcafast.plan.layers import Factorisable, can_absorb, channels, groups, is_factorisable
+from pcafast.modes import device_of
+from pcafast.plan import LowRank, Plan, register_applier
+from pcafast.plan.layers import Factorisable, FactorSide, can_absorb, channels, groups, is_factorisable
 
 
 class Factors(NamedTuple):
@@ -24,6 +25,38 @@ class Factors(NamedTuple):
     second_bias: Tensor
 
 
+def random_factors(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+    """The model of a low-rank plan with factors of the same shapes drawn at random, as torch initialises layers.
+
+    What directions are worth shows against these, trained equally.
+    """
+    result = plan.apply_structure(model)
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for action in plan.actions:
+            if not isinstance(action, LowRank):
+                raise ArgumentError(
+                    f"plan: expected low-rank layers only, got a {action.kind} action on {action.layer!r}."
+                )
+            for name in filter(None, (action.layer, action.fuse_into)):
+                for part in filter(is_factorisable, find(result, name).modules()):
+                    part.reset_parameters()
+    return result
+
+
+class Coding(NamedTuple):
+    """``decoder @ encoder @ (x - mean) + offset`` stands for x, or for the output of the layer that takes x in.
+
+    Shapes, with g groups and the rank r: encoder (g, r, C), decoder (g, C', r), mean (g * C,), offset (g * C',).
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    mean: Tensor
+    offset: Tensor
+
+
 @register_applier(LowRank.kind)
 def apply_low_rank(model: nn.Module, actions: Sequence[LowRank], tensors: Mapping[str, Tensor] | None) -> None:
     """Factorise layers of the model, in place.
@@ -34,7 +67,7 @@ def apply_low_rank(model: nn.Module, actions: Sequence[LowRank], tensors: Mappin
     """
     for action in actions:
         layer = _layer(model, action)
-        factors = factorise(layer, action, *_basis_and_mean(layer, action, tensors))
+        factors = factorise(layer, action.side, _coding(layer, action, tensors))
         first = rebuilt(layer, factors.first.flatten(0, 1), factors.first_bias)
         if action.fuse_into is None:
             second = rebuilt(layer, factors.second.flatten(0, 1), factors.second_bias, pointwise=True)
@@ -45,17 +78,18 @@ def apply_low_rank(model: nn.Module, actions: Sequence[LowRank], tensors: Mappin
             replace(model, action.fuse_into, absorb(consumer, factors))
 
 
-def factorise(layer: Factorisable, action: LowRank, basis: Tensor, mean: Tensor) -> Factors:
-    """Factors of the layer from an orthonormal basis (g, r, C/g) of its output or input, and the mean (C,) there.
-
-    With basis B and mean m, the output side projects y = W x + b to B'B (y - m) + m, and the input side x likewise.
-    """
+def factorise(layer: Factorisable, side: FactorSide, coding: Coding) -> Factors:
+    """Factors of a layer y = W x + b, from how its output or input is coded; with "both", x directly to y."""
+    bias = coding.offset.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().to(coding.offset)
     weight = layer.weight.detach().to("cpu", torch.float64)
     weight = weight.reshape(groups(layer), len(weight) // groups(layer), -1)
-    bias = mean.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().to(mean)
-    if action.side == "output":
-        return Factors(basis @ weight, _per_group(basis, bias - mean), basis.mT, mean)
-    return Factors(basis, -_per_group(basis, mean), weight @ basis.mT, _per_group(weight, mean) + bias)
+    encoder, decoder, mean, offset = coding
+    if side == "output":
+        return Factors(encoder @ weight, _per_group(encoder, bias - mean), decoder, offset)
+    first_bias = -_per_group(encoder, mean)
+    if side == "input":
+        return Factors(encoder, first_bias, weight @ decoder, _per_group(weight, offset) + bias)
+    return Factors(encoder, first_bias, decoder, offset)
 
 
 def absorb(consumer: Factorisable, factors: Factors) -> Factorisable:
@@ -78,28 +112,32 @@ def _per_group(matrices: Tensor, vector: Tensor) -> Tensor:
     return (matrices @ vector.view(len(matrices), -1, 1)).flatten()
 
 
-def _basis_and_mean(
-    layer: Factorisable, action: LowRank, tensors: Mapping[str, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    width, g = channels(layer, action.side), groups(layer)
+def _coding(layer: Factorisable, action: LowRank, tensors: Mapping[str, Tensor] | None) -> Coding:
+    """That of the action, cut to its rank; zeros without tensors."""
+    g = groups(layer)
+    to_code = channels(layer, "output" if action.side == "output" else "input")
+    coded = channels(layer, "input" if action.side == "input" else "output")
+    shapes = [(g, action.rank, to_code // g), (g, coded // g, action.rank), (to_code,), (coded,)]
     if tensors is None:
-        nothing = torch.zeros(g, action.rank, width // g, dtype=torch.float64)
-        return nothing, torch.zeros(width, dtype=torch.float64)
+        return Coding(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
     try:
-        basis, mean = tensors[f"{action.layer}.basis"], tensors[f"{action.layer}.mean"]
+        found = Coding(*(tensors[f"{action.layer}.{name}"] for name in Coding._fields))
     except KeyError as error:
         raise ArgumentError(f"plan: expected a tensor {error} for layer {action.layer!r}, and found none.") from error
-    if (len(basis), basis.shape[-1], len(mean)) != (g, width // g, width):
+    stored = found.encoder.shape[1] if found.encoder.ndim == 3 else 0
+    if action.rank > stored:
         raise ArgumentError(
-            f"plan: expected a basis of shape ({g}, rank, {width // g}) and a mean of shape ({width},) for layer "
-            f"{action.layer!r}, got {tuple(basis.shape)} and {tuple(mean.shape)}."
-        )
-    if action.rank > basis.shape[1]:
-        raise ArgumentError(
-            f"rank of layer {action.layer!r}: expected at most {basis.shape[1]}, the directions stored with the plan, "
+            f"rank of layer {action.layer!r}: expected at most {stored}, the directions stored with the plan, "
             f"got {action.rank}. A rank can be lowered by hand; for a higher one make a new plan."
         )
-    return basis[:, : action.rank], mean
+    cut = found._replace(encoder=found.encoder[:, : action.rank], decoder=found.decoder[..., : action.rank])
+    for name, tensor, shape in zip(Coding._fields, cut, shapes, strict=True):
+        if tensor.shape != shape:
+            raise ArgumentError(
+                f"plan: expected tensor '{action.layer}.{name}' to be of shape {shape} at rank {action.rank}, "
+                f"got {tuple(tensor.shape)}."
+            )
+    return cut
 
 
 def _layer(model: nn.Module, action: LowRank) -> Factorisable:

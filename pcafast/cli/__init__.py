@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pcafast.cli import bench, compress, demo, doctor, evaluate, stats
+from pcafast.cli import bench, compress, demo, doctor, evaluate, reproduce, stats
 from pcafast.errors import PcafastError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.command,
     "stats": stats.command,
     "compress": compress.command,
+    "reproduce": reproduce.command,
     "bench": bench.command,
 }
 for _name, _command in _COMMANDS.items():

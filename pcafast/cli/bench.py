@@ -18,8 +18,7 @@ from rich.table import Table
 from pcafast.cli.doctor import command_line
 from pcafast.cli.tables import console
 from pcafast.errors import PcafastError
-from pcafast.files import write_atomically
-from pcafast.loop.environment import environment
+from pcafast.loop.environment import environment, write_results
 from pcafast.progress import track
 
 OPTIONS = [
@@ -70,8 +69,7 @@ def command(
         f"{made_with['processor']}, threads: {made_with['threads']}, torch {made_with['torch']}", highlight=False
     )
     if out:
-        content = json.dumps({"command": command_line(), "environment": made_with, "results": results}, indent=2)
-        write_atomically({out: lambda path: path.write_text(content + "\n")})
+        write_results(out, command_line(), results)
         console.print(f"written to {out}", soft_wrap=True)
 
 

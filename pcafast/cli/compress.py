@@ -20,6 +20,11 @@ class Method(str, Enum):
     """How the model is made smaller."""
 
     pca = "pca"
+    pca_input = "pca-input"
+    uncentred = "uncentred"
+    fisher = "fisher"
+    gradient = "gradient"
+    greedy = "greedy"
     taylor = "taylor"
     rank = "rank"
     l1 = "l1"
@@ -35,17 +40,27 @@ class Scope(str, Enum):
 def command(
     model: options.ModelName,
     out: Annotated[Path, typer.Option(help="The folder to write the result to.")],
-    budget: Annotated[str, typer.Option(help="Share to keep: macs=0.5, params=0.5 or, when pruning, channels=0.5.")],
+    budget: Annotated[
+        str | None, typer.Option(help="Share to keep: macs=0.5, params=0.5 or, when pruning, channels=0.5.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="In place of a budget, the share of its rank that every low-rank layer keeps.")
+    ] = None,
     method: Annotated[
         Method,
         typer.Option(
-            help="pca: low-rank layers from the covariance of their outputs. The others remove channels: those with "
+            help="pca: low-rank layers from the covariance of their outputs; pca-input: of the patches they take in. "
+            "uncentred: about zero instead of the mean; fisher: weighted by gradients; gradient and greedy: by the "
+            "first-order change of the loss, its magnitude or with its sign. The others remove channels: those with "
             "the lowest Taylor scores, the lowest ranks of their feature maps, or the smallest filters (L1 norm)."
         ),
     ] = Method.pca,
     layers: Annotated[
         list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit low-rank factors front to back to the original outputs of each layer.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Reach the budget in so many steps.")] = 1,
     retrain_epochs: Annotated[int, typer.Option(min=0, help="Epochs of retraining in every step.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of retraining: the highest of its schedule.")] = 0.02,
@@ -80,7 +95,7 @@ def command(
 
     Killed at any moment, the same command goes on where it was.
     """
-    share = Budget.parse(budget)
+    share = None if budget is None else Budget.parse(budget)
     torch.manual_seed(seed)  # for weights that are not given
     network = options.build_model(model, weights, None, num_classes, device)
     train, test = (open_dataset(data, split, image_size=image_size) for split in ("train", "test"))
@@ -90,6 +105,7 @@ def command(
             network,
             method.value,
             budget=share,
+            ratio=ratio,
             train=loader(train, batch_size=batch_size, shuffle=True, augment=augment, seed=seed, device=target),
             test=loader(test, batch_size=batch_size, device=target),
             calibration=options.training_batches(train, images, batch_size, seed),
@@ -99,6 +115,7 @@ def command(
             min_width=min_width,
             round_to=round_to,
             compensate_means=compensate_means,
+            refit=refit,
             steps=steps,
             retrain_epochs=retrain_epochs,
             reestimate_batch_norm=reestimate,

@@ -1,12 +1,13 @@
 """``pcafast stats``: collect statistics of a model's layers into a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcafast.bases import principal_components
 from pcafast.cli import options
@@ -15,8 +16,10 @@ from pcafast.collect import Collection
 from pcafast.data import open_dataset
 from pcafast.errors import ArgumentError
 from pcafast.loop import calibrate
+from pcafast.loop.timing import LayerTime, time_layers
 from pcafast.progress import track
 from pcafast.statistics import (
+    ActivationGradient,
     ChannelMoments,
     Covariance,
     FeatureMapRank,
@@ -33,6 +36,7 @@ AVAILABLE: dict[str, Callable[[], Statistic]] = {
     "rank": FeatureMapRank,
     "gradient": GradientCovariance,
     "moments": ChannelMoments,
+    "activation_gradient": ActivationGradient,
 }
 
 
@@ -51,6 +55,9 @@ def command(
     batch_size: options.BatchSize = 128,
     seed: options.Seed = 0,
     device: options.Device = None,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Also show how long each layer takes for a batch; not in the file.")
+    ] = False,
 ) -> None:
     """Collect statistics over training images, in one pass, and write them to a file."""
     chosen = {name: _kind(name)() for name in map(str.strip, statistics.split(","))}
@@ -61,6 +68,9 @@ def command(
     stats.save(out)
     console.print(_summary(stats))
     console.print(f"{min(images, len(dataset))} training images of {dataset.name}; written to {out}")
+    if timings:
+        batch, _ = next(iter(batches))
+        console.print(_timings(network, time_layers(network, batch, layers=layers)))
 
 
 def _kind(name: str) -> Callable[[], Statistic]:
@@ -77,6 +87,19 @@ def _summary(stats: Collection) -> Table:
     for layer in dict.fromkeys(layer for layers in stats.values() for layer in layers):
         cells = [_cell(name, layers.get(layer)) for name, layers in stats.items()]
         table.add_row(layer, *cells)
+    return table
+
+
+def _timings(model: nn.Module, times: Sequence[LayerTime]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", "type"):
+        table.add_column(title)
+    for title in ("ms per batch", "of the forward", "params", "of the params"):
+        table.add_column(title, justify="right")
+    params = sum(parameter.numel() for parameter in model.parameters())
+    for layer in sorted(times, key=lambda one: one.seconds, reverse=True):
+        shares = f"{layer.share:.1%}", f"{layer.params / max(1, params):.1%}"
+        table.add_row(layer.layer, layer.type, f"{layer.seconds * 1000:.3f}", shares[0], f"{layer.params:,}", shares[1])
     return table
 
 
@@ -103,4 +126,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Statistic], str]]] = {
     "taylor": ("Taylor score", lambda statistic: _range(statistic.compute())),
     "rank": ("mean rank", lambda statistic: _range(statistic.compute())),
     "moments": ("channel mean", lambda statistic: _range(statistic.compute().mean)),
+    "activation_gradient": (
+        "first-order loss, per direction and position",
+        lambda statistic: _range(torch.linalg.eigvalsh(statistic.compute().symmetric) / 2),
+    ),
 }

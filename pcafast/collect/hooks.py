@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from pcafast.collect.kept import KeptActivation
 from pcafast.collect.layers import CONVOLUTIONS
-from pcafast.collect.taps import FollowValues, ReachTap, SwapForRelu
+from pcafast.collect.taps import CopyBeforeOverwriting, FollowValues, ReachTap, SwapForRelu
 from pcafast.errors import ArgumentError, PcafastError
-from pcafast.statistics import Covariance, GradientCovariance, Statistic, Taylor
+from pcafast.statistics import ActivationGradient, Covariance, GradientCovariance, Statistic, Taylor
 
 
 class Hooks:
@@ -47,7 +47,7 @@ class Hooks:
                 before, after = _Hook(self._before_forward), _Hook(self._after_forward)
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after, always_call=True).remove)
-            if any(one.tap != "layer" or isinstance(one, Taylor) for many in self._watched.values() for one in many):
+            if any(_follows_values(one) for many in self._watched.values() for one in many):
                 hooks.enter_context(self._values)
             self._depth = 0
             self._open = hooks.pop_all()
@@ -67,11 +67,14 @@ class Hooks:
 
     def _watch(self, hooks: ExitStack, module: nn.Module, statistics: list[Statistic]) -> None:
         for statistic in statistics:
-            if statistic.side == "input":
+            if statistic.side == "output":
+                hooks.callback(module.register_forward_hook(_Hook(self._after_layer, statistic)).remove)
+            elif isinstance(statistic, ActivationGradient):
+                hook = _Hook(self._around_layer, statistic)
+                hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            else:
                 hook = _Hook(self._before_layer, statistic)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            else:
-                hooks.callback(module.register_forward_hook(_Hook(self._after_layer, statistic)).remove)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._depth == 0 and not _in_backward():
@@ -95,6 +98,18 @@ class Hooks:
         with torch._C.DisableTorchFunction():  # what is done here is no use of the value
             self._send(statistic, module, _tensor(statistic, "output", output))
 
+    def _around_layer(
+        self, statistic: ActivationGradient, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        with torch._C.DisableTorchFunction():
+            x = _tensor(statistic, "input", *args, *kwargs.values())
+            output = _tensor(statistic, "output", output)
+            if output.requires_grad:
+                _check_layout(statistic, module, x)
+                kept = KeptActivation(statistic.layer, x, "input")
+                batch_size = self._batch_size if self._depth else None
+                self._on_gradient(statistic, output, partial(_update_input, statistic, module, kept, batch_size))
+
     def _send(self, statistic: Statistic, module: nn.Module, value: Tensor) -> None:
         reached: Callable[[Tensor], None]
         if statistic.needs_gradient:
@@ -114,14 +129,21 @@ class Hooks:
         _check_layout(statistic, module, activation)
         batch_size = self._batch_size if self._depth else None
         take: Callable[[Tensor], None]
-        if isinstance(statistic, Taylor):
-            kept = KeptActivation(statistic.layer, activation)
-            self._values.add(SwapForRelu(activation, kept, self._values))
-            take = partial(_update_taylor, statistic, kept, batch_size)
-        else:
-            assert isinstance(statistic, GradientCovariance)
+        if isinstance(statistic, GradientCovariance):
             weight = self._weight(statistic, activation)
             take = partial(statistic.update, weight=weight, batch_size=batch_size)
+        else:
+            assert isinstance(statistic, Taylor | ActivationGradient)
+            kept = KeptActivation(statistic.layer, activation)
+            swaps = isinstance(statistic, Taylor)
+            self._values.add(
+                SwapForRelu(activation, kept, self._values) if swaps else CopyBeforeOverwriting(activation, kept)
+            )
+            take = partial(_update_output, statistic, kept, batch_size)
+        self._on_gradient(statistic, activation, take)
+
+    def _on_gradient(self, statistic: Statistic, output: Tensor, take: Callable[[Tensor], None]) -> None:
+        """Give the gradient of the output to ``take`` when it comes."""
         came = False
 
         def on_gradient(gradient: Tensor) -> None:
@@ -139,7 +161,7 @@ class Hooks:
                 take(gradient.detach())
 
         # A hook of the tensor and not of the module: module hooks do not bear an in-place operation next.
-        activation.register_hook(on_gradient)
+        output.register_hook(on_gradient)
 
     def _update(self, statistic: Any, module: nn.Module, x: Tensor) -> None:
         _check_layout(statistic, module, x)
@@ -179,8 +201,21 @@ def _ancestors(layer: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(max(len(parts), 1))]
 
 
-def _update_taylor(statistic: Taylor, kept: KeptActivation, batch_size: int | None, gradient: Tensor) -> None:
+def _follows_values(statistic: Statistic) -> bool:
+    by_activation = isinstance(statistic, Taylor | ActivationGradient)
+    return statistic.side == "output" and (statistic.tap != "layer" or by_activation)
+
+
+def _update_output(
+    statistic: Taylor | ActivationGradient, kept: KeptActivation, batch_size: int | None, gradient: Tensor
+) -> None:
     statistic.update(kept.take(), gradient, batch_size=batch_size)
+
+
+def _update_input(
+    statistic: ActivationGradient, module: Any, kept: KeptActivation, batch_size: int | None, gradient: Tensor
+) -> None:
+    statistic.update(kept.take(), gradient, layer_weight=module.weight, batch_size=batch_size)
 
 
 def _in_backward() -> bool:

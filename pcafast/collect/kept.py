@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pcafast.errors import PcafastError
+from pcafast.statistics.statistic import Side
 
 
 class _Save(torch.autograd.Function):
@@ -31,8 +32,8 @@ _ANCHOR = torch.zeros((), requires_grad=True)  # a node is only made if an input
 class KeptActivation:
     """Holds an activation until it is taken."""
 
-    def __init__(self, layer: str, x: Tensor) -> None:
-        self._layer = layer
+    def __init__(self, layer: str, x: Tensor, side: Side = "output") -> None:
+        self._layer, self._side = layer, side
         self.replace(x)
 
     def replace(self, x: Tensor) -> None:
@@ -52,8 +53,8 @@ class KeptActivation:
             if "inplace operation" not in str(error):
                 raise
             raise PcafastError(
-                f"The output of layer {self._layer!r} was overwritten in place before its gradient was known. Use "
-                'tap="activation", or make what follows the layer not work in place.'
+                f"The {self._side} of layer {self._layer!r} was overwritten in place before its gradient was known. "
+                'Make what does so not work in place or, for an output, use tap="activation".'
             ) from error
         # The hook that holds this object lives as long as the graph, which is longer than autograd keeps its tensors.
         self._output = None

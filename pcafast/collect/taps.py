@@ -105,27 +105,50 @@ class ReachTap(Follower):
         self._reached(self.value)
 
 
-class SwapForRelu(Follower):
+class CopyBeforeOverwriting(Follower):
+    """If a step overwrites the value in place, a copy made just before is kept instead."""
+
+    def __init__(self, value: Tensor, kept: KeptActivation) -> None:
+        super().__init__(value)
+        self._kept = kept
+
+    def before(self, step: Step, function: Function, in_place: bool) -> bool:
+        """Copy."""
+        if in_place:
+            self._kept.replace(self.value.clone())
+        return not in_place
+
+    def after(self, step: Step, result: Tensor) -> bool:
+        """Some steps return the value as it is, such as dropout in evaluation mode."""
+        return result is self.value
+
+    def elsewhere(self) -> None:
+        """No matter."""
+
+    def end(self) -> None:
+        """The value itself stays."""
+
+
+class SwapForRelu(CopyBeforeOverwriting):
     """If a ReLU and nothing else takes the value, its result is kept instead.
 
     Autograd keeps the result in any case, so this costs no memory, and a * g is the same.
     """
 
     def __init__(self, value: Tensor, kept: KeptActivation, values: "FollowValues") -> None:
-        super().__init__(value)
-        self._kept, self._values = kept, values
-        self._sole_use = True
+        super().__init__(value, kept)
+        self._values = values
+        self._sole_use, self._rectified = True, False
 
     def before(self, step: Step, function: Function, in_place: bool) -> bool:
         """Only a ReLU is of interest; before anything else overwrites the value it has to be copied."""
-        if function in _RELU_LIKE and self._sole_use:
-            return True
-        if in_place:
-            self._kept.replace(self.value.clone())
-        return False
+        self._rectified = function in _RELU_LIKE and self._sole_use
+        return self._rectified or super().before(step, function, in_place)
 
     def after(self, step: Step, result: Tensor) -> bool:
         """Swap."""
+        if not self._rectified:
+            return super().after(step, result)
         self._kept.replace(result)
         if result is not self.value:
             self._values.swapped(self.value, self._kept)
@@ -134,9 +157,6 @@ class SwapForRelu(Follower):
     def elsewhere(self) -> None:
         """The gradient is not the ReLU's alone."""
         self._sole_use = False
-
-    def end(self) -> None:
-        """No ReLU: the value itself stays."""
 
 
 class FollowValues(TorchFunctionMode):

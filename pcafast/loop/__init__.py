@@ -3,8 +3,25 @@
 from pcafast.loop.calibrate import calibrate
 from pcafast.loop.compress import Compressed, compress
 from pcafast.loop.evaluate import Evaluation, evaluate
+from pcafast.loop.hessians import projection_hessians
 from pcafast.loop.measure import Costs, measure
-from pcafast.loop.methods import Criterion
+from pcafast.loop.methods import Criterion, Directions
+from pcafast.loop.refit import refit
+from pcafast.loop.sensitivity import rank_losses
 from pcafast.loop.train import Trainer
 
-__all__ = ["Compressed", "Costs", "Criterion", "Evaluation", "Trainer", "calibrate", "compress", "evaluate", "measure"]
+__all__ = [
+    "Compressed",
+    "Costs",
+    "Criterion",
+    "Directions",
+    "Evaluation",
+    "Trainer",
+    "calibrate",
+    "compress",
+    "evaluate",
+    "measure",
+    "projection_hessians",
+    "rank_losses",
+    "refit",
+]

@@ -15,7 +15,7 @@ from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint
 from pcafast.loop.environment import environment
 from pcafast.loop.folder import claim, read_report
-from pcafast.loop.methods import Criterion, find_method
+from pcafast.loop.methods import Criterion, Directions, Ratio, Target, find_method
 from pcafast.loop.reporting import build_report
 from pcafast.loop.run import Run
 from pcafast.loop.seeding import random_states_kept, seed_stage
@@ -38,9 +38,10 @@ class Compressed(NamedTuple):
 
 def compress(
     model: nn.Module,
-    method: str | Criterion = "pca",
+    method: str | Criterion | Directions = "pca",
     *,
-    budget: Budget,
+    budget: Budget | None = None,
+    ratio: float | None = None,
     test: Iterable[Batch] | Evaluate,
     out: str | Path,
     train: Iterable[Batch] | Train | None = None,
@@ -50,6 +51,7 @@ def compress(
     min_width: int = 1,
     round_to: int = 1,
     compensate_means: bool = False,
+    refit: bool = False,
     steps: int = 1,
     retrain_epochs: int = 0,
     reestimate_batch_norm: bool = True,
@@ -74,10 +76,14 @@ def compress(
 
     Args:
         model: a classifier; it is left as it is.
-        method: ``"pca"`` makes low-rank layers from the covariance of their outputs. ``"taylor"``, ``"rank"`` and
-            ``"l1"`` remove channels by their Taylor scores, the mean rank of their maps, or the L1 norm of their
-            filters; a ``Criterion`` does so by scores of your own.
+        method: ``"pca"`` makes low-rank layers from the covariance of their outputs, ``"pca-input"`` from that of the
+            patches they take in; ``"uncentred"``, ``"fisher"``, ``"gradient"`` and ``"greedy"`` by other bases of
+            ``pcafast.bases``, the last two the same with ``select`` "magnitude" and "signed"; a ``Directions`` by those
+            of your own. ``"taylor"``, ``"rank"`` and ``"l1"`` remove channels by their Taylor scores, the mean rank of
+            their maps, or the L1 norm of their filters; a ``Criterion`` does so by scores of your own.
         budget: what the result may cost, as a share of the model. Over the steps the shares fall geometrically.
+        ratio: in place of a budget, the share of its full rank that every low-rank layer keeps. Over the steps it falls
+            geometrically; factors are fused with those of the step before, so that no layers are added.
         test: batches to evaluate on; or a function of a model, in evaluation mode, that returns a number, the higher
             the better, or an ``Evaluation``.
         out: the folder for plan.json, model.safetensors and report.json.
@@ -91,6 +97,7 @@ def compress(
         min_width: channels that every layer keeps at least when channels are removed.
         round_to: number of which widths that shrink become multiples when channels are removed.
         compensate_means: whether what removed channels added on average goes into what follows them.
+        refit: whether low-rank factors are fitted front to back, see ``pcafast.refit``; batch norms then stay.
         steps: how many times to go through it all.
         retrain_epochs: epochs of retraining in every step.
         reestimate_batch_norm: whether batch norms are moved to what they see in the smaller model.
@@ -110,8 +117,14 @@ def compress(
     folder = Path(out)
     task = Task(
         model=model,
-        method=find_method(method, Rules(scope, min_width, round_to), compensate_means),
-        budget=budget,
+        method=find_method(
+            method,
+            Rules(scope, min_width, round_to),
+            compensate_means=compensate_means,
+            refit=refit,
+            by_ratio=ratio is not None,
+        ),
+        target=_target(model, budget, ratio),
         test=test,
         train=train,
         calibration=train if calibration is None else calibration,  # type: ignore[arg-type]  # which Task checks
@@ -131,6 +144,17 @@ def compress(
             _warn(f"{folder} holds the result of this very command, so nothing was done again.")
             return Compressed(load(model, folder), Plan.load(folder / PLAN), found)
         return _carried_out(task, folder, identity, command, found)
+
+
+def _target(model: nn.Module, budget: Budget | None, ratio: float | None) -> Target:
+    if (budget is None) == (ratio is None):
+        raise ArgumentError(f"expected either a budget or a ratio, got {budget} and {ratio}.")
+    if ratio is None:
+        assert budget is not None
+        return budget
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ArgumentError(f"ratio: expected a share in (0, 1], got {ratio!r}.")
+    return Ratio(ratio, model)
 
 
 def _carried_out(
@@ -163,7 +187,7 @@ def _rehearse(run: Run, batch: Batch) -> None:
     """Decide on one batch, for the whole way at once, so that what cannot be done is known before the work begins."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.decide([batch], run.task.budget)
+        run.decide([batch], run.task.target)
 
 
 def _perform(run: Run, stage: Stage, folder: Path) -> None:

@@ -1,21 +1,34 @@
 """The ways to make a model smaller: what each of them collects, and how it decides."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from pcafast import scores
-from pcafast.bases import principal_components
+from pcafast import bases, scores
+from pcafast.bases import Basis
 from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.calibrate import calibrate
+from pcafast.loop.refit import refit
 from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
+from pcafast.plan.layers import channels, groups, is_factorisable
 from pcafast.plan.removal import Rules
 from pcafast.progress import track
-from pcafast.statistics import ChannelMoments, Covariance, FeatureMapRank, Statistic, Taylor
+from pcafast.statistics import (
+    ActivationGradient,
+    ChannelMoments,
+    Covariance,
+    FeatureMapRank,
+    GradientCovariance,
+    PatchCovariance,
+    Statistic,
+    Taylor,
+)
 
 _MEANS = "input moments"
 
@@ -30,16 +43,41 @@ class Decision(NamedTuple):
     figures: dict[str, list[float]]
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A share of the full rank that every layer, or the layer of which it is a factor, has in the original."""
+
+    share: float
+    original: nn.Module
+
+    def ranks(self, statistics: Mapping[str, Statistic | Basis]) -> dict[str, int]:
+        """Rounded to nearest, at least 1."""
+        modules = dict(self.original.named_modules())
+        ranks = {}
+        for name, statistic in statistics.items():
+            layer = modules.get(name, modules.get(name.rpartition(".")[0]))
+            if layer is not None and is_factorisable(layer):
+                full = channels(layer, statistic.side) // groups(layer)  # type: ignore[arg-type]
+                ranks[name] = max(1, math.floor(self.share * full + 0.5))
+        return ranks
+
+
+Target = Budget | Ratio
+
+
 class Method(ABC):
     """A way to make a model smaller.
 
     Attributes:
         figures: the section of the report that has the numbers it decides on.
-        norm_share: how far batch norms are moved afterwards, ``new_share`` of ``pcafast.reestimate_batch_norm``.
     """
 
     figures: ClassVar[Literal["spectra", "scores"]]
-    norm_share: ClassVar[float]
+
+    @property
+    @abstractmethod
+    def norm_share(self) -> float:
+        """How far batch norms are moved afterwards: ``new_share`` of ``pcafast.reestimate_batch_norm``; 0 for not."""
 
     @property
     @abstractmethod
@@ -48,30 +86,114 @@ class Method(ABC):
 
     @abstractmethod
     def decide(
-        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, budget: Budget, example: Tensor
+        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, target: Target, example: Tensor
     ) -> Decision:
         """Collect statistics of a model and plan for a share of its cost, with the chosen layers or all of them."""
 
+    def fitted(self, plan: Plan, model: nn.Module, batches: Iterable[Batch]) -> Plan:
+        """The plan with what takes long to compute."""
+        return plan
 
-class PCA(Method):
-    """Low-rank layers from the covariance of their outputs."""
+
+@dataclass(frozen=True)
+class Directions:
+    """A rule that says which directions of a layer to keep.
+
+    Attributes:
+        name: what reports call it.
+        bases: from the model, batches to collect statistics on, and the layers in question (None for all), to what
+            ``plan_low_rank`` takes for each layer.
+    """
+
+    name: str
+    bases: Callable[[nn.Module, Iterable[Batch], Chosen | None], Mapping[str, Statistic | Basis]]
+
+
+def _collected(model: nn.Module, batches: Iterable[Batch], layers: Chosen | None, **statistics: Statistic) -> Collected:
+    return calibrate(model, track(batches, "collecting"), layers=layers, **statistics)
+
+
+def _pca(model: nn.Module, batches: Iterable[Batch], layers: Chosen | None) -> Mapping[str, Statistic]:
+    return _collected(model, batches, layers, covariance=Covariance())["covariance"]
+
+
+def _pca_input(model: nn.Module, batches: Iterable[Batch], layers: Chosen | None) -> Mapping[str, Statistic]:
+    return _collected(model, batches, layers, patches=PatchCovariance())["patches"]
+
+
+def _uncentred(model: nn.Module, batches: Iterable[Batch], layers: Chosen | None) -> Mapping[str, Basis]:
+    found = _collected(model, batches, layers, covariance=Covariance())["covariance"]
+    return {layer: bases.uncentred(one) for layer, one in found.items() if one.has_data}  # type: ignore[arg-type]
+
+
+def _fisher(model: nn.Module, batches: Iterable[Batch], layers: Chosen | None) -> Mapping[str, Basis]:
+    statistics = {"covariance": Covariance(), "gradient": GradientCovariance()}
+    stats = _collected(model, batches, layers, **statistics)
+    return {
+        layer: bases.fisher(one, stats["gradient"][layer])  # type: ignore[arg-type]
+        for layer, one in stats["covariance"].items()
+        if one.has_data and stats["gradient"][layer].has_data
+    }
+
+
+def _gradient(
+    select: bases.Select, model: nn.Module, batches: Iterable[Batch], layers: Chosen | None
+) -> Mapping[str, Basis]:
+    found = _collected(model, batches, layers, matrix=ActivationGradient())["matrix"]
+    return {layer: bases.gradient(one, select=select) for layer, one in found.items() if one.has_data}  # type: ignore[arg-type]
+
+
+DIRECTIONS = {
+    one.name: one
+    for one in (
+        Directions("pca", _pca),
+        Directions("pca-input", _pca_input),
+        Directions("uncentred", _uncentred),
+        Directions("fisher", _fisher),
+        Directions("gradient", partial(_gradient, "magnitude")),
+        Directions("greedy", partial(_gradient, "signed")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Factorisation(Method):
+    """Low-rank layers.
+
+    Attributes:
+        refit: whether the factors are fitted front to back.
+    """
 
     figures = "spectra"
-    norm_share = 0.5  # the errors of low-rank layers should not be raised to the size that the signal had
+
+    directions: Directions
+    refit: bool
+
+    @property
+    def norm_share(self) -> float:
+        """Halfway, since the errors of low-rank layers should not be raised to the size that the signal had."""
+        return 0.0 if self.refit else 0.5
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its name."""
-        return {"method": "pca"}
+        """The name of the rule, and whether factors are fitted."""
+        return {"method": self.directions.name, "refit": self.refit}
 
     def decide(
-        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, budget: Budget, example: Tensor
+        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, target: Target, example: Tensor
     ) -> Decision:
-        """Plan from covariances."""
-        batches = track(batches, "collecting")
-        covariances = calibrate(model, batches, layers=chosen, covariance=Covariance())["covariance"]
-        plan = plan_low_rank(model, covariances, budget=budget, example_input=example)
-        return Decision(plan, {name: _spectrum(one) for name, one in covariances.items() if not one.is_empty})
+        """Plan from bases."""
+        found = self.directions.bases(model, batches, chosen)
+        if isinstance(target, Budget):
+            plan = plan_low_rank(model, found, budget=target, example_input=example)
+        else:
+            plan = plan_low_rank(model, found, ranks=target.ranks(found), example_input=example)
+        figures = {name: _spectrum(one) for name, one in found.items() if isinstance(one, Basis) or one.has_data}
+        return Decision(plan, figures)
+
+    def fitted(self, plan: Plan, model: nn.Module, batches: Iterable[Batch]) -> Plan:
+        """Fit the factors, if they are to be."""
+        return refit(model, plan, batches) if self.refit and plan.actions else plan
 
 
 @dataclass(frozen=True)
@@ -123,9 +245,10 @@ class Pruning(Method):
         return {"method": self.criterion.name, **asdict(self.rules), "compensate_means": self.compensate_means}
 
     def decide(
-        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, budget: Budget, example: Tensor
+        self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, target: Target, example: Tensor
     ) -> Decision:
         """Plan from scores."""
+        assert isinstance(target, Budget), "find_method refuses the other"
         # Of all layers, since those after a chosen one take in the means.
         moments = {_MEANS: ChannelMoments(side="input")} if self.compensate_means else {}
         statistics = {**self.criterion.statistics, **moments}
@@ -138,7 +261,7 @@ class Pruning(Method):
         plan = plan_pruning(
             model,
             values,
-            budget=budget,
+            budget=target,
             example_input=example,
             **asdict(self.rules),
             means=stats[_MEANS] if self.compensate_means else None,
@@ -146,25 +269,39 @@ class Pruning(Method):
         return Decision(plan, {name: one.tolist() for name, one in values.items()})
 
 
-def _spectrum(covariance: Statistic) -> list[float]:
-    variances = principal_components(covariance.compute().covariance).variances
+def _spectrum(source: Statistic | Basis) -> list[float]:
+    """Eigenvalues of a covariance; of another basis, what its directions are worth."""
+    if isinstance(source, Basis):
+        worth: list[float] = (-source.left_out.diff()).tolist()
+        return worth
+    variances = bases.principal_components(source.compute().covariance).variances
     values: list[float] = variances.flatten().sort(descending=True).values.tolist()
     return values
 
 
-def find_method(method: str | Criterion, rules: Rules, compensate_means: bool) -> Method:
-    """The method of that name, or by that criterion.
+def find_method(
+    method: str | Criterion | Directions, rules: Rules, *, compensate_means: bool, refit: bool, by_ratio: bool
+) -> Method:
+    """The method of that name, or by that criterion or rule.
 
     Raises:
         ArgumentError: there is none, or it has no such options.
     """
-    if method == "pca":
-        if rules != Rules():
+    found = {**CRITERIA, **DIRECTIONS}.get(method) if isinstance(method, str) else method
+    if isinstance(found, Directions):
+        if rules != Rules() or compensate_means:
             raise ArgumentError(
-                "scope, min_width and round_to: expected only with pruning, got them with method 'pca'."
+                "compensate_means, scope, min_width and round_to: expected only with pruning, got them with method "
+                f"{found.name!r}."
             )
-        return PCA()
-    criterion = CRITERIA.get(method) if isinstance(method, str) else method
-    if not isinstance(criterion, Criterion):
-        raise ArgumentError(f"method: expected pca, {', '.join(CRITERIA)} or a pcafast.Criterion, got {method!r}.")
-    return Pruning(criterion, rules, compensate_means)
+        return Factorisation(found, refit)
+    if not isinstance(found, Criterion):
+        raise ArgumentError(
+            f"method: expected one of {', '.join([*DIRECTIONS, *CRITERIA])}, a pcafast.Criterion or "
+            f"pcafast.Directions, got {method!r}."
+        )
+    if refit or by_ratio:
+        raise ArgumentError(
+            f"refit and ratio: expected only with low-rank layers, got them with method {found.name!r}."
+        )
+    return Pruning(found, rules, compensate_means)

@@ -11,7 +11,7 @@ from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint, Progress, state_of
 from pcafast.loop.evaluate import Evaluation, evaluate
-from pcafast.loop.methods import Decision
+from pcafast.loop.methods import Decision, Ratio, Target
 from pcafast.loop.stages import COMPRESSED, REESTIMATED, RETRAINED, Stage
 from pcafast.loop.task import Task
 from pcafast.loop.train import Trainer
@@ -63,10 +63,10 @@ class Run:
         }
         self.progress.history.append({"step": stage.step, "stage": stage.kind, **found, **self._judgement(), **costs})
 
-    def decide(self, batches: Iterable[Batch], budget: Budget) -> Decision:
+    def decide(self, batches: Iterable[Batch], target: Target) -> Decision:
         """Collect statistics of the model as it is, and plan for a share of its cost."""
         chosen = None if self.task.layers is None else self._is_chosen
-        return self.task.method.decide(self.model, batches, chosen, budget, self.example)
+        return self.task.method.decide(self.model, batches, chosen, target, self.example)
 
     def _is_chosen(self, name: str, module: nn.Module) -> bool:
         """Whether the layer, or that of which it is a factor, was asked for."""
@@ -75,22 +75,26 @@ class Run:
 
     def _compress(self, step: int) -> None:
         progress = self.progress
-        plan, figures = self.decide(self.task.calibration, self._share(step))
+        plan, figures = self.decide(self.task.calibration, self._target(step))
+        plan = self.task.method.fitted(plan, self.model, self.task.calibration)
         self.model = plan.apply(self.model)
         if progress.plan is None:
             progress.plan, progress.figures = replace(plan, tensors=None), figures
         else:
             progress.plan = progress.plan.then(plan)
-        progress.plan.asked[self.task.budget.quantity] = self.task.budget.share  # of all steps together
+        progress.plan.asked |= self.task.asked_share  # of all steps together
+        progress.plan.asked.pop("ranks", None)
 
-    def _share(self, step: int) -> Budget:
+    def _target(self, step: int) -> Target:
         """What the step may keep of the model as it is: the shares of the original fall geometrically."""
-        budget, plan = self.task.budget, self.progress.plan
-        target = Budget(**{budget.quantity: budget.share ** (step / self.task.steps)})
+        target, plan, way = self.task.target, self.progress.plan, step / self.task.steps
+        if isinstance(target, Ratio):
+            return replace(target, share=target.share**way)
+        now = Budget(**{target.quantity: target.share**way})
         if plan is None:
-            return target
-        reached = plan.reached[budget.quantity]
-        return Budget(**{budget.quantity: min(1.0, target.allowance(reached["before"]) / reached["after"])})
+            return now
+        reached = plan.reached[target.quantity]
+        return Budget(**{target.quantity: min(1.0, now.allowance(reached["before"]) / reached["after"])})
 
     def _retrain(self, epoch: int) -> dict[str, float]:
         train = self.task.train

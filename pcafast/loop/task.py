@@ -12,9 +12,8 @@ from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import fingerprint, state_of
 from pcafast.loop.evaluate import Evaluation
-from pcafast.loop.methods import Method
+from pcafast.loop.methods import Method, Target
 from pcafast.loop.train import Trainer, check_settings
-from pcafast.plan import Budget
 
 Train = Callable[[nn.Module, int], object]
 Evaluate = Callable[[nn.Module], Evaluation | float]
@@ -34,7 +33,7 @@ class Task:
 
     model: nn.Module
     method: Method
-    budget: Budget
+    target: Target
     test: Iterable[Batch] | Evaluate
     train: Iterable[Batch] | Train | None
     calibration: Iterable[Batch]
@@ -48,8 +47,8 @@ class Task:
     seed: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, Budget):
-            raise ArgumentError(f"budget: expected a pcafast.Budget such as Budget(macs=0.5), got {self.budget!r}.")
+        if not isinstance(self.target, Target):
+            raise ArgumentError(f"budget: expected a pcafast.Budget such as Budget(macs=0.5), got {self.target!r}.")
         for name, least in (("steps", 1), ("retrain_epochs", 0), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -91,7 +90,12 @@ class Task:
     def reestimates(self) -> bool:
         """Whether there are batch norms to re-estimate."""
         norms = (one for one in self.model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats)
-        return self.reestimate_batch_norm and any(norms)
+        return self.reestimate_batch_norm and self.method.norm_share > 0 and any(norms)
+
+    @property
+    def asked_share(self) -> dict[str, float]:
+        """The share to keep, by what it is a share of."""
+        return {getattr(self.target, "quantity", "ratio"): self.target.share}
 
     def new_trainer(self, model: nn.Module) -> Trainer:
         """The built-in trainer of one step."""
@@ -110,7 +114,7 @@ class Task:
         built_in = self.retrain_epochs > 0 and not callable(self.train)
         return {
             **self.method.settings,
-            "budget": {self.budget.quantity: self.budget.share},
+            "budget": self.asked_share,
             "layers": None if self.layers is None else list(self.layers),
             **{name: getattr(self, name) for name in (*plain, *(trainer if built_in else ()))},
             **{name: _described(getattr(self, name)) for name in ("train", "test", "calibration")},

@@ -17,6 +17,7 @@ from pcafast.models.densenet_cifar import CifarDenseNet
 from pcafast.models.digits_cnn import DigitsCNN
 from pcafast.models.googlenet_cifar import CifarGoogLeNet
 from pcafast.models.lenet5 import LeNet5
+from pcafast.models.mnist_cnn import MnistCNN
 from pcafast.models.resnet_cifar import CifarResNet
 from pcafast.models.vgg_cifar import CifarVGG16
 from pcafast.models.weights import load_weights
@@ -28,6 +29,7 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": DigitsCNN,
     "googlenet": CifarGoogLeNet,
     "lenet5": LeNet5,
+    "mnist_cnn": MnistCNN,
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
     "vgg16": partial(CifarVGG16, batch_norm=False),
     "vgg16_bn": partial(CifarVGG16, batch_norm=True),

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, get_args
 
 from pcafast.errors import ArgumentError
-from pcafast.plan.layers import Side
+from pcafast.plan.layers import FactorSide
 
 
 class Change(TypedDict):
@@ -22,10 +22,11 @@ class LowRank:
     Attributes:
         layer: the name of the layer in the model.
         weight_shape: the shape of its weight, by which a model that does not fit is recognised.
-        side: whether the kept directions are those of the layer's output or of its input.
+        side: whether the kept directions are those of the layer's output or of its input; "both" if the factors go from
+            its input to its output, whatever the layer's own weight.
         rank: directions kept, per group; may be lowered by hand, but not raised.
         fuse_into: the layer that takes in the second factor, which then adds no layer of its own.
-        kept: the share of the variance that the directions hold.
+        kept: the share that the directions hold of what all are worth, such as variance.
         params: parameters of the layer, with those of the layer it is fused into.
         macs: their multiply-adds over the whole example input, where one was given.
     """
@@ -34,7 +35,7 @@ class LowRank:
 
     layer: str
     weight_shape: list[int]
-    side: Side
+    side: FactorSide
     rank: int
     fuse_into: str | None
     kept: float
@@ -44,7 +45,7 @@ class LowRank:
     def __post_init__(self) -> None:
         _expect(self, "layer", "a layer's name", isinstance(self.layer, str))
         _expect(self, "weight_shape", "a list of sizes", _are_sizes(self.weight_shape))
-        _expect(self, "side", "'output' or 'input'", self.side in ("output", "input"))
+        _expect(self, "side", "'output', 'input' or 'both'", self.side in get_args(FactorSide))
         _expect(self, "rank", "a positive integer", _are_sizes([self.rank]))
         _expect(self, "fuse_into", "a layer's name or null", isinstance(self.fuse_into, str | None))
 

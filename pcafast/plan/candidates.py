@@ -1,18 +1,15 @@
-"""The layers that a plan can factorise, each with its principal components."""
+"""The layers that a plan can factorise, each with its basis."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pcafast.bases import left_out_shares, principal_components
+from pcafast.bases import Basis, pca
 from pcafast.errors import ArgumentError, PcafastError
-from pcafast.functional import MeanCovariance
 from pcafast.plan.layers import (
     Factorisable,
     Layer,
-    Side,
     can_absorb,
     channels,
     groups,
@@ -23,8 +20,9 @@ from pcafast.plan.layers import (
 from pcafast.plan.trace import Trace
 from pcafast.progress import track
 from pcafast.statistics import Covariance, PatchCovariance, Statistic
+from pcafast.statistics.statistic import Side
 
-AnyCovariance = Covariance | PatchCovariance
+Source = Covariance | PatchCovariance | Basis
 
 
 @dataclass(frozen=True)
@@ -32,83 +30,78 @@ class Candidate:
     """A layer that can be factorised.
 
     Attributes:
-        mean: (C,), of its output, or of the patches it takes in.
-        basis: (groups, C/groups, C/groups), rows from the most to the least variance.
-        left_out: share of the variance left out at rank 0..C/groups per group.
         max_rank: the largest rank per group that costs less than the layer; at least 1.
     """
 
     layer: Layer
-    mean: Tensor
-    basis: Tensor
-    left_out: list[float]
+    basis: Basis
     max_rank: int
 
 
 def find_candidates(
-    model: nn.Module, statistics: Mapping[str, Statistic], side: Side | None, traced: Trace | None
+    model: nn.Module, sources: Mapping[str, Statistic | Basis], side: Side | None, traced: Trace | None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """The layers with statistics that can be factorised, in the model's order, and why others cannot.
+    """The layers with a basis, or statistics for one, that can be factorised, in the model's order; why others cannot.
 
     Raises:
         ArgumentError: the statistics are not covariances, or not of this model or side.
         PcafastError: none of the statistics has seen any data.
     """
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    covariances = _checked(statistics, side, modules)
+    checked = _checked(sources, side, modules)
     layers = {name: module for name, module in modules.items() if is_factorisable(module)}
     skipped = ({} if traced is None else _seen_obstacles(layers, traced)) | obstacles(model)
-    moments = _moments({name: covariances[name] for name in layers if name in covariances}, skipped)
-    consumers = {} if traced is None else _consumers(layers, moments.keys(), skipped, traced)
+    usable = _with_data(checked, [name for name in layers if name in checked and name not in skipped], skipped)
+    consumers = {} if traced is None else _consumers(layers, set(usable), skipped, traced)
     for name, consumer in consumers.items():
         skipped[consumer] = f"it takes in the second factor of {name!r}, if that gets one"
     found = []
-    for name in track([name for name in moments if name not in skipped], "principal components"):
+    for name in track([name for name in usable if name not in skipped], "bases"):
         layer = Layer(
             name,
             layers[name],
-            covariances[name].side,
+            checked[name].side,
             positions=traced.positions[name] if traced else 0,
             consumer=(consumers[name], layers[consumers[name]]) if name in consumers else None,
         )
-        _check_fit(layer, covariances[name], moments[name])
+        _check_cut(layer, checked[name])
         max_rank = layer.largest_cheaper_rank()
         if max_rank:
-            found.append(_candidate(layer, moments[name], max_rank))
+            found.append(Candidate(layer, _basis(layer, checked[name]), max_rank))
         else:
             skipped[name] = "no rank is cheaper than the layer itself"
     return found, skipped
 
 
 def _checked(
-    statistics: Mapping[str, Statistic], side: Side | None, modules: Mapping[str, nn.Module]
-) -> dict[str, AnyCovariance]:
-    if not statistics:
+    sources: Mapping[str, Statistic | Basis], side: Side | None, modules: Mapping[str, nn.Module]
+) -> dict[str, Source]:
+    if not sources:
         raise ArgumentError("statistics: expected the covariance of at least one layer, got none.")
-    covariances: dict[str, AnyCovariance] = {}
-    for name, statistic in statistics.items():
+    checked: dict[str, Source] = {}
+    for name, source in sources.items():
         if name not in modules:
             raise ArgumentError(
                 f"statistics: {name!r} is not a layer of the model, which has {', '.join(modules) or 'none'}."
             )
-        if not isinstance(statistic, AnyCovariance):
+        if not isinstance(source, Source):
             raise ArgumentError(
-                f"statistics: expected the Covariance or PatchCovariance of layer {name!r}, got a "
-                f"{type(statistic).__name__}."
+                f"statistics: expected the Covariance or PatchCovariance of layer {name!r}, or a basis that "
+                f"pcafast.bases makes of other statistics, got a {type(source).__name__}."
             )
-        if side is not None and statistic.side != side:
+        if side is not None and source.side != side:
             wanted = "PatchCovariance()" if side == "input" else "Covariance()"
             raise ArgumentError(
                 f"side: expected statistics of the {side} of every layer, but that of layer {name!r} is of its "
-                f"{statistic.side}. Collect {wanted}."
+                f"{source.side}. Collect {wanted}."
             )
-        if statistic.tap != "layer":
+        if not isinstance(source, Basis) and source.tap != "layer":
             raise ArgumentError(
                 f"statistics: expected the covariance right at layer {name!r}, which is what is factorised, got "
-                f"that after its {statistic.tap}. Collect it with tap='layer'."
+                f"that after its {source.tap}. Collect it with tap='layer'."
             )
-        covariances[name] = statistic
-    return covariances
+        checked[name] = source
+    return checked
 
 
 def _seen_obstacles(layers: Mapping[str, Factorisable], traced: Trace) -> dict[str, str]:
@@ -118,19 +111,26 @@ def _seen_obstacles(layers: Mapping[str, Factorisable], traced: Trace) -> dict[s
     }
 
 
-def _moments(covariances: Mapping[str, AnyCovariance], skipped: dict[str, str]) -> dict[str, MeanCovariance]:
-    """The computed statistics of layers not skipped; those without any data are noted as skipped."""
-    moments: dict[str, MeanCovariance] = {}
+def _with_data(sources: Mapping[str, Source], names: Sequence[str], skipped: dict[str, str]) -> list[str]:
+    """The names of those that there is a basis for, or data to make one; others are noted as skipped.
+
+    Raises:
+        PcafastError: none has seen any data.
+    """
     error = None
-    for name in [name for name in covariances if name not in skipped]:
+    found = []
+    for name in names:
+        source = sources[name]
+        if isinstance(source, Basis) or source.has_data:
+            found.append(name)
+            continue
         try:
-            moments[name] = covariances[name].compute()
+            source.compute()
         except PcafastError as no_data:
-            error = no_data
-            skipped[name] = str(no_data)
-    if error is not None and not moments:
+            error, skipped[name] = no_data, str(no_data)
+    if error is not None and not found:
         raise error
-    return moments
+    return found
 
 
 def _consumers(
@@ -148,32 +148,30 @@ def _consumers(
     return consumers
 
 
-def _check_fit(layer: Layer, statistic: AnyCovariance, moments: MeanCovariance) -> None:
-    of_pixels = isinstance(statistic, Covariance)
+def _check_cut(layer: Layer, source: Source) -> None:
+    of_pixels = isinstance(source, Covariance)
     if layer.side == "input" and of_pixels and not is_pointwise(layer.module):
         raise ArgumentError(
             f"statistics: the input side of layer {layer.name!r}, a convolution over patches, cannot be factorised by "
             "the covariance of single pixels. Collect PatchCovariance(), or the covariance of its output."
         )
-    if isinstance(statistic, PatchCovariance) and not statistic.is_of(layer.module):
+    if isinstance(source, PatchCovariance) and not source.is_of(layer.module):
         raise ArgumentError(
             f"statistics: the patches of layer {layer.name!r} are cut otherwise: expected {layer.module}, got "
-            f"{statistic}. Collect them from this model."
-        )
-    total, g = channels(layer.module, layer.side), groups(layer.module)
-    square = (total, total) if g == 1 else (g, total // g, total // g)
-    if moments.mean.shape != (total,) or moments.covariance.shape != square:
-        raise ArgumentError(
-            f"statistics: expected an {layer.side} mean of shape ({total},) and a covariance of shape {square} for "
-            f"layer {layer.name!r}, got {tuple(moments.mean.shape)} and {tuple(moments.covariance.shape)}."
+            f"{source}. Collect them from this model."
         )
 
 
-def _candidate(layer: Layer, moments: MeanCovariance, max_rank: int) -> Candidate:
+def _basis(layer: Layer, source: Source) -> Basis:
     try:
-        variances, basis = principal_components(moments.covariance)
+        basis = source if isinstance(source, Basis) else pca(source)
     except ArgumentError as error:
         raise ArgumentError(f"statistics of layer {layer.name!r}: {error}") from error
-    mean = moments.mean.detach().to("cpu", torch.float64)
-    left_out = left_out_shares(variances).tolist()
-    return Candidate(layer, mean, basis.reshape(-1, layer.channels, layer.channels), left_out, max_rank)
+    total, g = channels(layer.module, layer.side), groups(layer.module)
+    blocks = (g, total // g, total // g)
+    if basis.mean.shape != (total,) or basis.encoder.shape != blocks:
+        raise ArgumentError(
+            f"statistics: expected an {layer.side} mean of shape ({total},) and directions of shape {blocks} for "
+            f"layer {layer.name!r}, got {tuple(basis.mean.shape)} and {tuple(basis.encoder.shape)}."
+        )
+    return basis

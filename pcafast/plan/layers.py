@@ -6,7 +6,9 @@ from typing import Literal, NamedTuple, TypeGuard
 
 from torch import nn
 
-Side = Literal["output", "input"]
+from pcafast.statistics.statistic import Side
+
+FactorSide = Literal["output", "input", "both"]
 Factorisable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pcafast.errors import ArgumentError
-from pcafast.functional import MeanCovariance, add_patches, channel_count, finish_patch_covariance
-from pcafast.patches import Padding, PaddingMode, Patches, to_windows
+from pcafast.functional import MeanCovariance, add_patches, finish_patch_covariance
+from pcafast.patches import Padding, PaddingMode, Patches, as_maps, to_windows
 from pcafast.statistics.statistic import Side, Sizes, State, Statistic, Total
 
 
@@ -69,7 +69,7 @@ class PatchCovariance(Statistic):
             cut.padding,
             cut.dilation,
         )
-        self._patches = cut
+        self.cut = cut
         self._known_members: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -100,7 +100,7 @@ class PatchCovariance(Statistic):
         if not self.fits(layer):
             return False
         theirs = PatchCovariance(**self.settings_for(layer))
-        return (theirs._patches, theirs.groups) == (self._patches, self.groups)
+        return (theirs.cut, theirs.groups) == (self.cut, self.groups)
 
     def update(self, x: Tensor) -> None:
         """Take in one batch of inputs.
@@ -114,11 +114,11 @@ class PatchCovariance(Statistic):
         """
         if not x.is_floating_point():
             raise ArgumentError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-        maps = self._maps(x)
+        maps = as_maps(x, self.channel_dim)
         channels = maps.shape[1]
         if self.groups < 1 or channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
-        layout = self._patches.layout(maps, self.groups)
+        layout = self.cut.layout(maps, self.groups)
         entries = channels * len(layout.taps)
         sizes = {
             "entries": entries,
@@ -130,7 +130,7 @@ class PatchCovariance(Statistic):
         if not (self.is_empty or torch.equal(layout.members, self._members())):
             # Maps of this size cut windows otherwise than those before.
             self._spread()
-            layout = self._patches.layout(maps, self.groups, windows=True)
+            layout = self.cut.layout(maps, self.groups, windows=True)
         sizes["slots"] = len(layout.slot_ends)
         is_new = self.is_empty
         state = self._ready(x.device, sizes)
@@ -167,11 +167,11 @@ class PatchCovariance(Statistic):
             ArgumentError: names, shapes or dtypes are not those of this statistic.
         """
         if "members" in state and "comoment" in state:
-            expected = {(self.groups, 1), (self.groups, self._patches.size)}
+            expected = {(self.groups, 1), (self.groups, self.cut.size)}
             found = (*state["comoment"].shape[1:2], *state["members"].shape[1:2])
             if found not in expected:
                 raise ArgumentError(
-                    f"state: expected {self.groups} groups and a kernel of {self._patches.size} pixels, got {found}"
+                    f"state: expected {self.groups} groups and a kernel of {self.cut.size} pixels, got {found}"
                 )
         super().load_state_dict(state)
 
@@ -183,16 +183,6 @@ class PatchCovariance(Statistic):
         if len({one for one in gathered if one is not None}) > 1:
             self._spread()
         super().all_reduce(group)
-
-    def _maps(self, x: Tensor) -> Tensor:
-        """The input as (N, C, H, W)."""
-        if self.channel_dim == -1 and x.ndim:
-            return x.flatten(0, -2)[:, :, None, None] if x.ndim > 1 else x[None, :, None, None]
-        if x.ndim not in (3, 4):
-            raise ArgumentError(f"x: expected maps of shape (N, C, H, W) or (N, C, L), got shape {tuple(x.shape)}")
-        channel_count(x, self.channel_dim)  # which refuses a dimension that x does not have
-        x = x.movedim(self.channel_dim, 1)
-        return x if x.ndim == 4 else x.unsqueeze(2)
 
     def _check_sizes(self, sizes: Sizes) -> None:
         """Refuse all that differs from the state but the number of slots, for which there is a way."""

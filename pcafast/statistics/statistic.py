@@ -105,6 +105,11 @@ class Statistic(ABC):
         return not self._state
 
     @property
+    def has_data(self) -> bool:
+        """Whether there is anything to compute from."""
+        return not self.is_empty and self._has_data()
+
+    @property
     def skipped(self) -> int:
         """How many batches (for ranks: maps) were left out because of NaN or infinities."""
         return 0 if self.is_empty else int(self._state["skipped"])
@@ -206,7 +211,7 @@ class Statistic(ABC):
         }
 
     def _require_data(self) -> None:
-        if self.is_empty or not self._has_data():
+        if not self.has_data:
             left_out = f" ({self.skipped} were left out because of NaN or infinities)" if self.skipped else ""
             needs = " and a backward pass that reaches it" if self.needs_gradient else ""
             raise PcafastError(
