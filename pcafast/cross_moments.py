@@ -1,6 +1,7 @@
 """Sums of products of two sets of maps about their means: patches of the one with pixels of the other.
 
-That is the weight gradient of a convolution, but added up in smaller parts than oneDNN and cuDNN do, and never in TF32.
+That is the weight gradient of a convolution, but added up in smaller parts than oneDNN and cuDNN do, in the same order
+every time, and not in TF32 where only convolutions are.
 """
 
 from typing import NamedTuple

@@ -139,24 +139,6 @@ class Patches:
         return (padded - reach) // self.stride[axis] + 1
 
 
-def as_maps(x: Tensor, channel_dim: int) -> Tensor:
-    """The input or output of a layer as (N, C, H, W): rows of height 1 of (N, C, L), positions of (*, C) as examples.
-
-    Raises:
-        ArgumentError: it is none of these.
-    """
-    if channel_dim == -1 and x.ndim:
-        return x.flatten(0, -2)[:, :, None, None] if x.ndim > 1 else x[None, :, None, None]
-    if x.ndim not in (3, 4):
-        raise ArgumentError(f"x: expected maps of shape (N, C, H, W) or (N, C, L), got shape {tuple(x.shape)}")
-    if not -x.ndim <= channel_dim < x.ndim:
-        raise ArgumentError(
-            f"channel_dim: expected one of the {x.ndim} dimensions of shape {tuple(x.shape)}, got {channel_dim}"
-        )
-    x = x.movedim(channel_dim, 1)
-    return x if x.ndim == 4 else x.unsqueeze(2)
-
-
 def assemble(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean (D,) and co-moment (G, D/G, D/G) of all patches, in the order of ``torch.nn.functional.unfold``.
 

@@ -105,6 +105,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_sides_of_a_layer_are_the_formulas(name, device):
     make, shape = LAYERS[name]
@@ -121,7 +122,7 @@ def test_both_sides_of_a_layer_are_the_formulas(name, device):
     expected = truth(rows(output, dim), rows(gradient, dim), groups)
     assert_matrix(stats["o"][""].compute(), expected)
     expected = truth(patch_rows(layer, x), patch_gradient_rows(layer, gradient), groups)
-    assert_matrix(stats["i"][""].compute(), expected, 2e-6)
+    assert_matrix(stats["i"][""].compute(), expected)
 
 
 # What it means.
@@ -348,6 +349,15 @@ def test_sixteen_bit_products_are_wide_and_do_not_overflow(dtype):
     mean, matrix = truth(rows(a), 256 * rows(g).double())
     assert (found.matrix - matrix).norm() <= 1e-6 * matrix.norm()
     assert (found.mean - mean).norm() <= 1e-7 * a.double().std()
+
+
+def test_autocast_is_of_no_concern_to_the_input_side():
+    x, g, weight = torch.randn(4, 6, 5, 5), torch.randn(4, 8, 3, 3), torch.randn(8, 6, 3, 3)
+    plain, cast = (ActivationGradient(side="input", kernel_size=3) for _ in range(2))
+    plain.update(x, g, layer_weight=weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.update(x, g, layer_weight=weight)
+    assert torch.equal(plain.compute().matrix, cast.compute().matrix)
 
 
 def test_merged_saved_and_loaded_in_the_middle(tmp_path):

@@ -11,7 +11,7 @@ import pcafast
 from pcafast.cli import main
 from pcafast.loop.timing import time_layers
 
-NAP = 0.01
+NAP = 0.02
 
 
 class Sleeper(nn.Linear):
@@ -43,8 +43,9 @@ def test_times_are_those_that_the_layers_take():
     model = Sleepy().train()
     found = {time.layer: time for time in time_layers(model, torch.randn(2, 4), repeats=5)}
     assert list(found) == ["once", "twice", "quick", "never"]  # as called
-    assert found["once"].seconds == pytest.approx(NAP, rel=0.3)
-    assert found["twice"].seconds == pytest.approx(2 * NAP, rel=0.3)
+    # A nap is never shorter than asked for, and on a busy machine longer.
+    assert NAP <= found["once"].seconds < 1.9 * NAP
+    assert 2 * NAP <= found["twice"].seconds < 3.8 * NAP
     assert found["quick"].seconds < 0.1 * NAP
     assert found["never"][2:4] == (0, 0)
     shares = {name: time.share for name, time in found.items()}

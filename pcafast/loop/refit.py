@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pcafast.collect.layers import channel_dim
-from pcafast.cross_moments import cross_moments
+from pcafast.cross_moments import as_maps, cross_moments
 from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.modes import device_of, evaluating
-from pcafast.patches import as_maps
 from pcafast.plan import LowRank, Plan
 from pcafast.plan.layers import Factorisable, groups
 from pcafast.progress import track
@@ -110,8 +109,10 @@ def _seen_at(model: nn.Module, name: str, calls: int, inputs: Tensor) -> list[tu
     found: list[tuple[Tensor, Tensor]] = []
 
     def take(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((args[0], output))
-        if len(found) == calls:
+        # After the last call nothing more is done that could overwrite them.
+        last = len(found) + 1 == calls
+        found.append((args[0], output) if last else (args[0].clone(), output.clone()))
+        if last:
             raise _SeenEnoughError
 
     handle = model.get_submodule(name).register_forward_hook(take)
@@ -138,16 +139,16 @@ class _Seen:
     def update(self, x: Tensor, y: Tensor) -> None:
         """Merge one batch (Chan, Golub and LeVeque, 1979)."""
         self.patches.update(x)
-        maps = as_maps(y, self._channel_dim)
-        new = cross_moments(as_maps(x, self._channel_dim), maps, self.patches.cut, self.groups)
-        share = new.count / (self.count + new.count)
+        maps = as_maps("output", y, self._channel_dim)
+        new = cross_moments(as_maps("input", x, self._channel_dim), maps, self.patches.cut, self.groups)
+        share = new.positions / (self.count + new.positions)
         x_change, y_change = new.patch_mean - self.x_mean, new.pixel_mean - self.y_mean
         outer = x_change.view(self.groups, -1, 1) * y_change.view(self.groups, 1, -1)
         self.products = self.products + new.comoment + share * self.count * outer
         own = (maps - new.pixel_mean.to(maps.dtype).view(-1, 1, 1)).square().sum(dtype=torch.float64)
         self.squares = self.squares + own + share * self.count * y_change.square().sum()
         self.x_mean, self.y_mean = self.x_mean + share * x_change, self.y_mean + share * y_change
-        self.count += new.count
+        self.count += new.positions
 
 
 def _fitted(seen: _Seen, rank: int) -> tuple[dict[str, Tensor], float]:
@@ -161,12 +162,14 @@ def _fitted(seen: _Seen, rank: int) -> tuple[dict[str, Tensor], float]:
     found = seen.patches.compute().covariance
     covariance = found.reshape(seen.groups, entries, entries)
     cross = seen.products / seen.count
-    ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean()
-    ridged = covariance + (ridge if ridge > 0 else 1.0) * torch.eye(entries).to(covariance)
-    predictor = torch.linalg.solve(ridged, cross).mT
-    explained, directions = torch.linalg.eigh(predictor @ cross)
+    ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = torch.where(ridge > 0, ridge, 1)[:, None, None]
+    predictor = torch.linalg.solve(covariance + ridge * torch.eye(entries).to(covariance), cross).mT
+    values, directions = torch.linalg.eigh(predictor @ cross)
     kept = directions.flip(-1)[..., :rank]
+    encoder = kept.mT @ predictor
     variance = float(seen.squares) / seen.count
-    share = float(explained.flip(-1)[..., :rank].sum()) / variance if variance > 0 else 1.0
-    tensors = {"encoder": kept.mT @ predictor, "decoder": kept, "mean": seen.x_mean, "offset": seen.y_mean}
+    explained = float(values.flip(-1)[..., :rank].sum() + (ridge * encoder.square()).sum())
+    share = explained / variance if variance > 0 else 1.0
+    tensors = {"encoder": encoder, "decoder": kept, "mean": seen.x_mean, "offset": seen.y_mean}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, share

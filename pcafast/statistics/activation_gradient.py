@@ -120,8 +120,8 @@ class ActivationGradient(Statistic):
         self._ready(x.device, sizes)
         if g.numel() == 0:
             return
-        moments = cross_moments(x, g, self._patches, self.groups)
-        with self._noticing_nonfinite():
+        with self._noticing_nonfinite(), torch.autocast(x.device.type, enabled=False):
+            moments = cross_moments(x, g, self._patches, self.groups)
             self._add(moments, weight, loss_scale(batch_size or len(gradient), self.loss_reduction))
 
     def compute(self) -> ActivationGradientMatrix:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pcafast.errors import ArgumentError
-from pcafast.functional import MeanCovariance, add_patches, finish_patch_covariance
-from pcafast.patches import Padding, PaddingMode, Patches, as_maps, to_windows
+from pcafast.functional import MeanCovariance, add_patches, channel_count, finish_patch_covariance
+from pcafast.patches import Padding, PaddingMode, Patches, to_windows
 from pcafast.statistics.statistic import Side, Sizes, State, Statistic, Total
 
 
@@ -114,7 +114,7 @@ class PatchCovariance(Statistic):
         """
         if not x.is_floating_point():
             raise ArgumentError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-        maps = as_maps(x, self.channel_dim)
+        maps = self._maps(x)
         channels = maps.shape[1]
         if self.groups < 1 or channels % self.groups:
             raise ArgumentError(f"groups: expected a divisor of the {channels} channels, got {self.groups}")
@@ -183,6 +183,16 @@ class PatchCovariance(Statistic):
         if len({one for one in gathered if one is not None}) > 1:
             self._spread()
         super().all_reduce(group)
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """The input as (N, C, H, W)."""
+        if self.channel_dim == -1 and x.ndim:
+            return x.flatten(0, -2)[:, :, None, None] if x.ndim > 1 else x[None, :, None, None]
+        if x.ndim not in (3, 4):
+            raise ArgumentError(f"x: expected maps of shape (N, C, H, W) or (N, C, L), got shape {tuple(x.shape)}")
+        channel_count(x, self.channel_dim)  # which refuses a dimension that x does not have
+        x = x.movedim(self.channel_dim, 1)
+        return x if x.ndim == 4 else x.unsqueeze(2)
 
     def _check_sizes(self, sizes: Sizes) -> None:
         """Refuse all that differs from the state but the number of slots, for which there is a way."""
