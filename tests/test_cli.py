@@ -283,3 +283,30 @@ def test_a_full_disk_leaves_nothing_half_behind(command, tmp_path, weights, pcaf
     code, _, err = pcafast_command(*arguments)
     assert code == 0
     assert ("Going on with the run" in err) == (command == "compress")
+
+
+def test_sensitivity_is_measured_and_chooses_the_ranks_of_compress(pcafast_command, weights):
+    common = ("digits_cnn", "--weights", weights, "--images", 64, "--layers", "conv?")
+    code, out, _ = pcafast_command("sensitivity", *common, "--out", "losses.json")
+    assert code == 0
+    losses = json.loads(Path("losses.json").read_text())["losses"]
+    assert list(losses) == ["conv1", "conv2", "conv3"]
+    assert len(losses["conv2"]) == 7
+    assert f"{losses['conv2'][max(losses['conv2'], key=int)]:.4f}" in out
+    code, _, _ = pcafast_command(
+        "compress", *common, "--budget", "macs=0.5", "--losses", "losses.json", "--out", "small"
+    )
+    assert code == 0
+    actions = json.loads(Path("small/plan.json").read_text())["actions"]
+    assert actions
+    assert all(action["rank"] >= min(map(int, losses[action["layer"]])) for action in actions)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "pcafast rank losses", "version": 2, "losses": {}}'])
+def test_a_file_that_is_not_of_losses_is_refused(content, pcafast_command, tmp_path):
+    (tmp_path / "losses.json").write_text(content)
+    code, _, err = pcafast_command(
+        "compress", "digits_cnn", "--budget", "macs=0.5", "--losses", "losses.json", "--out", "x"
+    )
+    assert code == 2
+    assert "losses.json is not a file" in err.replace("\n", " ")

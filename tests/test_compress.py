@@ -294,6 +294,15 @@ def test_chosen_layers_stay_chosen_as_factors(tmp_path):
         ("pca", {"budget": pcafast.Budget(macs=0.001)}, r"budget: macs=0.001 cannot be met.*nearest"),
         ("pca", {"budget": pcafast.Budget(channels=0.5)}, "budget: expected a share of macs or params"),
         ("pca", {"round_to": 8}, "round_to: expected only with pruning"),
+        ("fisher", {"compensate_means": True}, "compensate_means.*: expected only with pruning, .* method 'fisher'"),
+        ("pca", {"budget": None}, "expected either a budget or a ratio, got None and None"),
+        ("pca", {"ratio": 0.5}, "expected either a budget or a ratio, got macs=0.5 and 0.5"),
+        ("pca", {"budget": None, "ratio": 0}, r"ratio: expected a share in \(0, 1\], got 0"),
+        ("l1", {"budget": None, "ratio": 0.5}, "refit, ratio and losses: expected only with low-rank layers"),
+        ("rank", {"refit": True}, "losses: expected only with low-rank layers, got them with method 'rank'"),
+        ("pca", {"losses": {}, "steps": 2}, "losses: expected steps=1 with them"),
+        ("pca", {"losses": {}, "budget": None, "ratio": 0.5}, "losses: expected only with a budget"),
+        ("pca", {"losses": {"conv1": {1: 0.1}}, "steps": 1}, "losses: expected those of layer 'conv2'"),
         ("l1", {"round_to": 0}, "round_to: expected a whole number"),
         ("l1", {"scope": "local"}, "scope: expected one of global, layer"),
         ("l1", {"min_width": 64, "round_to": 64}, "budget: .* cannot be met"),
@@ -478,3 +487,60 @@ def test_loaders_are_told_the_number_of_the_stage():
     outer.sampler = inner
     seed_stage(0, 5, outer)
     assert (outer.epoch, inner.epoch) == (5, 5)
+
+
+def test_a_ratio_falls_step_by_step_and_adds_no_layers(tmp_path):
+    """As pca-compress's --prune-dim and --prune-step: every step is fused into the factors of the step before."""
+    common = arguments(budget=None, ratio=0.25, steps=3, retrain_epochs=1)
+    small, plan, report = compress(model(), "pca", **common, out=tmp_path / "out")
+    ranks = [action.rank for action in plan.actions if action.layer.split(".")[0] == "conv2"]
+    assert ranks == [40, 25, 16]  # of 64, times 0.25 ** (1/3), (2/3), 1
+    assert [type(part) for part in small.conv2] == [nn.Conv2d, nn.Conv2d]
+    assert [action.fuse_into for action in plan.actions if action.layer == "conv2.0"] == ["conv2.1"] * 2
+    assert plan.asked["ratio"] == report["asked"]["budget"]["ratio"] == 0.25
+    assert "ranks" not in plan.asked
+    loaded = pcafast.load(model(), tmp_path / "out")
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(loaded.eval()(x), small.eval()(x))
+
+
+def test_fitted_factors_keep_the_batch_norms_and_more_of_the_outputs(tmp_path):
+    network = model()
+    common = arguments(steps=1, retrain_epochs=0, budget=pcafast.Budget(macs=0.35), calibration=batches(count=8))
+    x = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    errors = {}
+    for refit in (False, True):
+        result = compress(network, "pca", **common, refit=refit, out=tmp_path / str(refit))
+        stages = [entry["stage"] for entry in result.report["history"]]
+        assert ("batch norm re-estimated" in stages) is not refit
+        assert result.report["asked"]["refit"] is refit
+        errors[refit] = (result.model.eval()(x) - network.eval()(x)).square().mean()
+    assert errors[True] < 0.8 * errors[False]
+    for name, buffer in network.named_buffers():
+        assert torch.equal(result.model.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("method", ["pca-input", "uncentred", "fisher", "gradient", "greedy"])
+def test_every_basis_meets_the_budget(method, tmp_path):
+    result = compress(model(), method, **arguments(steps=1, retrain_epochs=0), out=tmp_path / "out")
+    assert result.report["reached"]["macs"]["share"] <= 0.5
+    sides = {action.side for action in result.plan.actions}
+    assert sides == {"input" if method == "pca-input" else "output"}
+    for spectrum in result.report["spectra"]:
+        assert sum(spectrum["eigenvalues"]) > 0
+
+
+def test_directions_of_your_own(tmp_path):
+    def last_channels(network, _batches, _layers):
+        def basis(layer):
+            order = torch.arange(layer.out_channels, dtype=torch.float64)
+            return pcafast.bases.eigen(torch.diag(order), torch.zeros(layer.out_channels), select="signed")
+
+        return {name: basis(one) for name, one in network.named_modules() if isinstance(one, nn.Conv2d)}
+
+    own = pcafast.Directions("last channels", last_channels)
+    result = compress(model(), own, **arguments(steps=1, retrain_epochs=0), out=tmp_path / "out")
+    for action in result.plan.actions:
+        second = result.model.get_submodule(action.layer)[1].weight[:, :, 0, 0]
+        width = len(second)
+        assert second.nonzero()[:, 0].tolist() == list(range(width - action.rank, width))

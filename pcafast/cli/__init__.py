@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pcafast.cli import bench, compress, demo, doctor, evaluate, reproduce, stats
+from pcafast.cli import bench, compress, demo, doctor, evaluate, reproduce, sensitivity, stats
 from pcafast.errors import PcafastError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor.command,
     "evaluate": evaluate.command,
     "stats": stats.command,
+    "sensitivity": sensitivity.command,
     "compress": compress.command,
     "reproduce": reproduce.command,
     "bench": bench.command,

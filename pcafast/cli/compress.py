@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pcafast.cli import options
+from pcafast.cli import options, sensitivity
 from pcafast.cli.doctor import command_line
 from pcafast.cli.tables import comparison, console, notes_shown
 from pcafast.data import loader, open_dataset
@@ -61,6 +61,9 @@ def command(
     refit: Annotated[
         bool, typer.Option("--refit", help="Fit low-rank factors front to back to the original outputs of each layer.")
     ] = False,
+    losses: Annotated[
+        Path | None, typer.Option(help="Choose ranks by what `pcafast sensitivity` measured, from its file.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Reach the budget in so many steps.")] = 1,
     retrain_epochs: Annotated[int, typer.Option(min=0, help="Epochs of retraining in every step.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of retraining: the highest of its schedule.")] = 0.02,
@@ -116,6 +119,7 @@ def command(
             round_to=round_to,
             compensate_means=compensate_means,
             refit=refit,
+            losses=None if losses is None else sensitivity.read(losses),
             steps=steps,
             retrain_epochs=retrain_epochs,
             reestimate_batch_norm=reestimate,

@@ -24,6 +24,7 @@ from pcafast.loop.task import Evaluate, Task, Train, plain
 from pcafast.loop.train import DivergenceError
 from pcafast.modes import device_of
 from pcafast.plan import Budget, Plan
+from pcafast.plan.rank_rules import Losses
 from pcafast.plan.removal import Rules, Scope
 from pcafast.result import PLAN, load, save
 
@@ -52,6 +53,7 @@ def compress(
     round_to: int = 1,
     compensate_means: bool = False,
     refit: bool = False,
+    losses: Losses | None = None,
     steps: int = 1,
     retrain_epochs: int = 0,
     reestimate_batch_norm: bool = True,
@@ -98,6 +100,7 @@ def compress(
         round_to: number of which widths that shrink become multiples when channels are removed.
         compensate_means: whether what removed channels added on average goes into what follows them.
         refit: whether low-rank factors are fitted front to back, see ``pcafast.refit``; batch norms then stay.
+        losses: what each layer's rank costs, as ``pcafast.rank_losses`` measures it, to choose ranks by in one step.
         steps: how many times to go through it all.
         retrain_epochs: epochs of retraining in every step.
         reestimate_batch_norm: whether batch norms are moved to what they see in the smaller model.
@@ -123,6 +126,7 @@ def compress(
             compensate_means=compensate_means,
             refit=refit,
             by_ratio=ratio is not None,
+            losses=losses,
         ),
         target=_target(model, budget, ratio),
         test=test,

@@ -1,5 +1,6 @@
 """The ways to make a model smaller: what each of them collects, and how it decides."""
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,9 @@ from pcafast.loop.batches import Batch
 from pcafast.loop.calibrate import calibrate
 from pcafast.loop.refit import refit
 from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
+from pcafast.plan.document import fingerprint
 from pcafast.plan.layers import channels, groups, is_factorisable
+from pcafast.plan.rank_rules import Losses
 from pcafast.plan.removal import Rules
 from pcafast.progress import track
 from pcafast.statistics import (
@@ -162,12 +165,14 @@ class Factorisation(Method):
 
     Attributes:
         refit: whether the factors are fitted front to back.
+        losses: what each layer's rank costs, to choose ranks by; None for the shares that the directions are worth.
     """
 
     figures = "spectra"
 
     directions: Directions
     refit: bool
+    losses: Losses | None
 
     @property
     def norm_share(self) -> float:
@@ -176,8 +181,9 @@ class Factorisation(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The name of the rule, and whether factors are fitted."""
-        return {"method": self.directions.name, "refit": self.refit}
+        """The name of the rule, whether factors are fitted, and which losses choose the ranks."""
+        known = None if self.losses is None else f"measured, {fingerprint(json.dumps(self.losses).encode())[:12]}"
+        return {"method": self.directions.name, "refit": self.refit, "losses": known}
 
     def decide(
         self, model: nn.Module, batches: Iterable[Batch], chosen: Chosen | None, target: Target, example: Tensor
@@ -185,7 +191,7 @@ class Factorisation(Method):
         """Plan from bases."""
         found = self.directions.bases(model, batches, chosen)
         if isinstance(target, Budget):
-            plan = plan_low_rank(model, found, budget=target, example_input=example)
+            plan = plan_low_rank(model, found, budget=target, losses=self.losses, example_input=example)
         else:
             plan = plan_low_rank(model, found, ranks=target.ranks(found), example_input=example)
         figures = {name: _spectrum(one) for name, one in found.items() if isinstance(one, Basis) or one.has_data}
@@ -280,7 +286,13 @@ def _spectrum(source: Statistic | Basis) -> list[float]:
 
 
 def find_method(
-    method: str | Criterion | Directions, rules: Rules, *, compensate_means: bool, refit: bool, by_ratio: bool
+    method: str | Criterion | Directions,
+    rules: Rules,
+    *,
+    compensate_means: bool,
+    refit: bool,
+    by_ratio: bool,
+    losses: Losses | None,
 ) -> Method:
     """The method of that name, or by that criterion or rule.
 
@@ -294,14 +306,16 @@ def find_method(
                 "compensate_means, scope, min_width and round_to: expected only with pruning, got them with method "
                 f"{found.name!r}."
             )
-        return Factorisation(found, refit)
+        if losses is not None and by_ratio:
+            raise ArgumentError("losses: expected only with a budget, within which they choose the ranks, got a ratio.")
+        return Factorisation(found, refit, losses)
     if not isinstance(found, Criterion):
         raise ArgumentError(
             f"method: expected one of {', '.join([*DIRECTIONS, *CRITERIA])}, a pcafast.Criterion or "
             f"pcafast.Directions, got {method!r}."
         )
-    if refit or by_ratio:
+    if refit or by_ratio or losses is not None:
         raise ArgumentError(
-            f"refit and ratio: expected only with low-rank layers, got them with method {found.name!r}."
+            f"refit, ratio and losses: expected only with low-rank layers, got them with method {found.name!r}."
         )
     return Pruning(found, rules, compensate_means)

@@ -53,6 +53,10 @@ class Task:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ArgumentError(f"{name}: expected a whole number from {least} on, got {value!r}.")
+        if self.steps > 1 and getattr(self.method, "losses", None) is not None:
+            raise ArgumentError(
+                f"losses: expected steps=1 with them, since they are of the original, got {self.steps}."
+            )
         check_settings(self.learning_rate, self.weight_decay, self.label_smoothing)
         self._check_batches()
 

@@ -40,8 +40,8 @@ def plan_low_rank(
             for their principal components; or a ``pcafast.bases.Basis`` of any other kind.
         side: "output" or "input", if all statistics are to be of that side; else each layer is factorised on the side
             that its statistic is of.
-        budget: a share of the whole model's MACs or parameters. The ranks are those of the least sum over all layers of
-            the share of variance (or of what else the directions are worth) that is left out.
+        budget: a share of the whole model's MACs or parameters. The ranks are those that maximise the product over
+            all layers of the kept share of variance, or of what else the directions are worth.
         ratio: keep this share of every layer's channels, rounded to nearest, at least one.
         energy: in every layer keep the fewest directions that hold this share of the variance.
         ranks: of each layer to factorise, by name; per group where it has groups.
