@@ -14,22 +14,21 @@ import operator_tables
 import results
 from tables import paragraph, table
 
-from pcafast.recipes import RECIPES
+from pcafast.recipes import RECIPES, pca_cifar_resnet56
 
 DOCUMENTS = [Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md"]
 
 
-def low_rank() -> str:
-    """Accuracy after PCA."""
-    measured = results.read("low_rank")
-    rows = [[what] for what in next(iter(measured.values()))["rows"]]
-    for network in measured.values():
-        original = network["rows"]["original"]
-        for line, figures in zip(rows, network["rows"].values(), strict=True):
-            shares = (figures[what] / original[what] for what in ("macs", "milliseconds_for_64"))
-            line += [f"{figures['accuracy']:.2%}", *(f"{share:.0%}" for share in shares)]
-    titles = [title for name in measured for title in (name.replace("resnet", "ResNet-"), "MACs", "CPU time")]
-    return table(["", *titles], rows)
+def one_pass() -> str:
+    """The sentence about one pass for all layers."""
+    measured = results.read("one_pass")
+    times = measured["one_by_one_seconds"] / measured["seconds"]
+    return paragraph(
+        f"The covariances of all {measured['layers']} layers of a ResNet-56 over {measured['images']} images take "
+        f"{measured['seconds']:.1f} s in one pass (the forward alone {measured['forward_seconds']:.1f} s), and "
+        f"{measured['one_by_one_seconds']:.0f} s layer by layer as in pca-compress, each forward ending at its layer: "
+        f"{times:.0f} times as long (`benchmarks/one_pass.py`)."
+    )
 
 
 def collect_cost() -> str:
@@ -107,32 +106,37 @@ def handover() -> str:
 
 def headline() -> str:
     """The sentences with the figures."""
-    cost, network = results.read("collect_cost"), results.read("low_rank")["resnet56"]
-    rows, pruned = network["rows"], results.read("pruning")
+    cost, network = results.read("collect_cost"), results.read("pca_cifar_resnet56")["resnet56"]
+    lowest, pruned = network["budgets"][0], results.read("pruning")
     taylor = pruned["rows"]["taylor"]["accuracy"][f"{pruned['epochs']} epochs"]
-    small, plain = rows["ranks by budget, batch norm re-estimated"]["accuracy"], rows["original"]["accuracy"]
+    small, plain = lowest["rows"][pca_cifar_resnet56.BY_LOSSES]["accuracy"], network["original"]["accuracy"]
+    pca = lowest["rows"][pca_cifar_resnet56.UNIFORM]["accuracy"]
     return paragraph(
         f"Covariance, Taylor scores and feature-map ranks of all layers of a ResNet-56 come out of one pass over "
         f"{cost['images']:,} images that takes {cost['times_plain']['all three']:.1f} times the plain forward and "
-        f"backward, and the peak memory of a training step grows by {max(cost['allocated_growth'], 0):.1%}. Factorised "
-        f"by PCA to {network['share_of_macs']:.0%} of its MACs, with batch norms re-estimated but no retraining, the "
-        f"network has {small:.1%} accuracy on CIFAR-10, from {plain:.1%}; with half its MACs by removing channels, and "
-        f"after {pruned['epochs']} epochs of retraining, {taylor:.1%}."
+        f"backward, and the peak memory of a training step grows by {max(cost['allocated_growth'], 0):.1%}. With "
+        f"low-rank layers of {lowest['share_of_macs']:.0%} of its MACs and no retraining, the network has {small:.1%} "
+        f"accuracy on CIFAR-10, from {plain:.1%}, where PCA with the same share of every rank has {pca:.1%}; with half "
+        f"its MACs by removing channels, and after {pruned['epochs']} epochs of retraining, {taylor:.1%}."
     )
 
 
 def recipe(name: str) -> str:
     """What ``pcafast reproduce`` shows."""
     titles, rows, notes = RECIPES[name].table(results.read(name.replace("-", "_")))
-    return "\n\n".join([table(titles, rows), *map(paragraph, notes)])
+    return "\n\n".join([table(titles, rows), *(paragraph(f"{note[:1].upper()}{note[1:]}.") for note in notes)])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     **operator_tables.TABLES,
-    **{name.replace("-", "_"): partial(recipe, name) for name in RECIPES},
+    **{
+        file: partial(recipe, name)
+        for name in RECIPES
+        if (results.FOLDER / f"{(file := name.replace('-', '_'))}.json").exists()
+    },
     **{
         function.__name__: function
-        for function in (low_rank, pruning, planning, kills, handover, collect_cost, demo, headline)
+        for function in (one_pass, pruning, planning, kills, handover, collect_cost, demo, headline)
     },
 }
 

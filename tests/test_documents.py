@@ -58,7 +58,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = build("resnet20")
-    batches = [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))]
+    batches = [(torch.randn(12, 3, 32, 32), torch.randint(0, 10, (12,)))]
     names = {
         "model": model,
         "fresh_model": build("resnet20"),
@@ -72,7 +72,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         "gradients": torch.randn(2, 3, 8, 8),
     }
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    collecting, pruning, patches, loop, functional = blocks
+    collecting, pruning, fitting, patches, loop, functional = blocks
     x = torch.randn(1, 3, 32, 32)
     exec(collecting, names)
     torch.testing.assert_close(names["small"].eval()(x), names["plan"].apply(model).eval()(x))
@@ -80,6 +80,9 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert names["plan"].reached["macs"]["share"] <= 0.5
     owned = {id(parameter) for group in names["optimizer"].param_groups for parameter in group["params"]}
     assert owned == {id(parameter) for parameter in names["small"].parameters()}
+    exec(fitting, names)
+    assert {action.side for action in names["plan"].actions} == {"both"}
+    assert names["plan"].reached["macs"]["share"] <= 0.5
     exec(patches, names)
     assert {action.side for action in names["plan"].actions} == {"input"}
     exec(loop, names)

@@ -137,17 +137,28 @@ def test_in_a_clone_the_results_go_where_tables_are_rendered_from(mnist, reprodu
     assert reproduce("pca-mnist", "--data", mnist)[0] == 0
     assert (tmp_path / "benchmarks" / "results" / "pca_mnist.json").exists()
     assert reproduce("pca-mnist", "--data", mnist, "--out", tmp_path / "mine")[0] == 0
-    assert json.loads((tmp_path / "mine" / "pca_mnist.json").read_text())["results"] == {"device": "cpu"}
+    assert json.loads((tmp_path / "mine" / "pca_mnist.json").read_text())["results"]["device"] == "cpu"
+
+
+def test_a_recipe_has_options_of_its_own(reproduce, monkeypatch):
+    monkeypatch.setitem(RECIPES, "stub", Stub)
+    words = ("--lines", 3, "--big", "--share", 0.25, "--work", "there")
+    code, _, err = reproduce("stub", "--data", "digits", *words, "--out", "mine")
+    assert (code, err) == (0, "")
+    written = json.loads(Path("mine/stub.json").read_text())
+    assert written["results"] == {"device": "cpu", "lines": 3, "big": True, "share": 0.25, "work": "there"}
+    assert written["command"] == "pcafast reproduce stub --data FOLDER --lines 3 --big --share 0.25 --work there"
+    assert "--lines 1  --big False  --share 0.5  --work work" in reproduce("--list")[1]
 
 
 class Stub:
-    """A recipe that takes no option but the device."""
+    """A recipe that says what it was given."""
 
     SUMMARY = "nothing"
 
     @staticmethod
-    def run(data, *, device):
-        return {"device": str(device)}
+    def run(data, *, lines: int = 1, big: bool = False, share: float = 0.5, work: Path = Path("work"), device):
+        return {"device": str(device), "lines": lines, "big": big, "share": share, "work": str(work)}
 
     @staticmethod
     def table(results):
@@ -158,7 +169,7 @@ class Stub:
 def test_recipes_are_listed(arguments, reproduce):
     code, out, err = reproduce(*arguments)
     assert (code, err) == (0, "")
-    assert all(f"{name}  {recipe.SUMMARY}" in out for name, recipe in RECIPES.items())
+    assert all(name in out and recipe.SUMMARY in out for name, recipe in RECIPES.items())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +179,12 @@ def test_recipes_are_listed(arguments, reproduce):
         (["pca-mnist"], "--data: expected the folder"),
         (["pca-mnist", "--data", "absent"], "no data set absent exists"),
         (["pca-mnist", "--data", "digits"], r"those of digits have \(1, 8, 8\)"),
-        (["stub", "--data", "digits", "--epochs", 2], "--epochs: the recipe stub has no such option. It has --device."),
+        (
+            ["stub", "--data", "digits", "--epochs", 2],
+            "--epochs: the recipe stub has no such option. It has --lines, --big",
+        ),
+        (["stub", "--data", "digits", "--lines", "many"], "--lines: expected a whole number after it, got many"),
+        (["stub", "--data", "digits", "--lines"], "--lines: expected a whole number after it, got nothing"),
         (["pca-mnist", "--data", "digits", "--device", "tpu"], "--device: expected cpu"),
     ],
 )

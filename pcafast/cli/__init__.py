@@ -37,8 +37,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "reproduce": reproduce.command,
     "bench": bench.command,
 }
+# The options of a recipe are its own.
+_OPEN = {"reproduce": {"allow_extra_args": True, "ignore_unknown_options": True}}
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, context_settings=_OPEN.get(_name))(_command)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from pcafast import bases
 from pcafast.apply import reestimate_batch_norm
 from pcafast.data import Batches, ImageDataset, loader, open_dataset
-from pcafast.loop import Trainer, calibrate, evaluate, measure, rank_losses, refit
+from pcafast.loop import Trainer, calibrate, evaluate, measure, projection_hessians, rank_losses, refit
 from pcafast.models import build
 from pcafast.plan import Budget, Plan, plan_low_rank
 from pcafast.progress import track
@@ -27,6 +27,7 @@ SUMMARY = "CIFAR-10: ResNet-20 and ResNet-56 made low-rank by every method, at t
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 RATIOS = (0.5, 0.75)
 LOSS_IMAGES = 512
+HESSIAN_SAMPLES = 256
 LEARNING_RATE = 0.01
 
 UNIFORM, BY_LOSSES = "same share of every rank (pca-compress)", "ranks by measured losses, fitted front to back"
@@ -90,6 +91,9 @@ class _Experiment:
         self.stats = calibrate(model, track(self.calibration, f"{name}, collecting"), layers=convolutions, **statistics)
         some = loader(train, batch_size=128, images=min(LOSS_IMAGES, images), seed=seed + 1, device=device)
         self.losses = rank_losses(model, self.stats["output"], some)
+        self.hessians = projection_hessians(
+            model, self.calibration, layers=convolutions, fit="local", loss="kl", samples=HESSIAN_SAMPLES, seed=seed
+        )
 
     def results(self, epochs: int) -> Results:
         """Of all shares of ranks."""
@@ -142,6 +146,7 @@ class _Experiment:
             "Fisher": {name: bases.fisher(one, gradient[name]) for name, one in output.items()},  # type: ignore[arg-type]
             "gradient-weighted": of_all(lambda one: bases.gradient(one, select="magnitude"), "matrix"),
             "greedy (signed)": of_all(lambda one: bases.gradient(one, select="signed"), "matrix"),
+            "Hessian (local, KL)": {name: bases.hessian(one) for name, one in self.hessians.items()},
         }
 
     def _module(self, name: str) -> Any:
