@@ -189,6 +189,10 @@ def test_what_cannot_be_fitted_is_refused():
     plan = _plan(model, batches, **{"0": 2})
     with pytest.raises(ArgumentError, match=r"expected more than 27 patches to fit layer '0' to, .* got 18"):
         pcafast.refit(model, plan, _batches(2, 3, 5, 5, count=1))
+    with pytest.raises(ArgumentError, match="batches: expected some that can be gone through many times"):
+        pcafast.refit(model, plan, iter(batches))
+    with pytest.raises(ArgumentError, match="batches: expected tensors, or sequences that start with one"):
+        pcafast.refit(model, plan, ["images"])
     with pytest.raises(ArgumentError, match="batches: expected at least one to fit"):
         pcafast.refit(model, plan, [])
     with pytest.raises(pcafast.NonFiniteError, match="layer '0': the batch holds NaN"):

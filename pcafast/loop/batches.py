@@ -1,4 +1,6 @@
-"""One labelled batch through a model, with what can be wrong with it said clearly."""
+"""Batches, labelled or not, and one of them through a model, with what can be wrong said clearly."""
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,36 @@ from pcafast.errors import ArgumentError, PcafastError
 from pcafast.modes import device_of
 
 Batch = tuple[Tensor, Tensor]
+Batches = Iterable[Tensor | Sequence[Tensor]]
+"""Inputs, or sequences that start with the inputs."""
+
+
+def model_inputs(model: nn.Module, batches: Batches) -> Iterator[Tensor]:
+    """The inputs of each batch that has any, on the model's device.
+
+    Raises:
+        ArgumentError: a batch is neither a tensor nor a sequence that starts with one.
+    """
+    device = device_of(model)
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, Sequence) and batch else batch
+        if not isinstance(inputs, Tensor):
+            raise ArgumentError(f"batches: expected tensors, or sequences that start with one, got {type(batch)}")
+        if len(inputs):
+            yield inputs.to(device, non_blocking=True)
+
+
+def require_many_passes(batches: Batches) -> None:
+    """See that the batches can be gone through again.
+
+    Raises:
+        ArgumentError: they cannot.
+    """
+    if isinstance(batches, Iterator):
+        raise ArgumentError(
+            "batches: expected some that can be gone through many times, such as a DataLoader or a list, got a "
+            f"{type(batches).__name__}"
+        )
 
 
 def class_scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pcafast.collect.layers import channel_dim
 from pcafast.cross_moments import as_maps, cross_moments
 from pcafast.errors import ArgumentError
-from pcafast.loop.batches import Batch
-from pcafast.modes import device_of, evaluating
+from pcafast.loop.batches import Batches, model_inputs, require_many_passes
+from pcafast.modes import evaluating
 from pcafast.plan import LowRank, Plan
 from pcafast.plan.layers import Factorisable, groups
 from pcafast.progress import track
@@ -22,7 +22,7 @@ _RIDGE = 1e-6
 """Of the mean variance of a patch's entries: what is added to each, so that directions without any do no harm."""
 
 
-def refit(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> Plan:
+def refit(model: nn.Module, plan: Plan, batches: Batches) -> Plan:
     """The same layers and ranks, with the factors that come closest to the original outputs of each layer.
 
     The layers are gone through in the order of the forward. Of each, the output y in the original network and the
@@ -35,8 +35,8 @@ def refit(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> Plan:
     Args:
         model: the original, run in evaluation mode; it stays as it is.
         plan: of low-rank layers of this model, as ``plan_low_rank`` returns it.
-        batches: sequences that start with the inputs, which can be gone through many times, once for every layer.
-            A few thousand images are enough for the networks of CIFAR-10.
+        batches: inputs, or sequences that start with the inputs, which can be gone through many times, once for every
+            layer. A few thousand images are enough for the networks of CIFAR-10.
 
     Returns:
         A plan with the same actions on side "both", and in ``kept`` the share of the variance of y that is explained.
@@ -48,6 +48,7 @@ def refit(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> Plan:
     if plan.tensors is None or not all(isinstance(action, LowRank) for action in plan.actions):
         raise ArgumentError(f"plan: expected one of low-rank layers, with its tensors, got {plan.asked or 'another'}.")
     actions = {action.layer: action for action in plan.actions if isinstance(action, LowRank)}
+    require_many_passes(batches)
     tensors = dict(plan.tensors)
     small = model
     with evaluating(model):
@@ -66,20 +67,20 @@ def refit(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> Plan:
     return replace(plan, actions=done, asked={**plan.asked, "refit": True}, tensors=tensors)
 
 
-def _calls_in_order(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, int]:
+def _calls_in_order(model: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, int]:
     """How often one forward calls each of these layers, in the order of their first calls."""
     calls: dict[str, int] = {}
 
     def called(name: str) -> Callable[..., None]:
         return lambda *_: calls.update({name: calls.get(name, 0) + 1})
 
-    first = next(iter(batches), None)
+    first = next(model_inputs(model, batches), None)
     if first is None:
         raise ArgumentError("batches: expected at least one to fit the layers to, got none.")
     handles = [model.get_submodule(name).register_forward_hook(called(name)) for name in names]
     try:
         with torch.no_grad():
-            model(first[0][:1].to(device_of(model)))
+            model(first[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -89,11 +90,10 @@ def _calls_in_order(model: nn.Module, names: Iterable[str], batches: Iterable[Ba
 
 
 def _pairs(
-    model: nn.Module, small: nn.Module, name: str, calls: int, batches: Iterable[Batch]
+    model: nn.Module, small: nn.Module, name: str, calls: int, batches: Batches
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a layer takes in within one model, and what it gives in the other, call by call."""
-    for batch in batches:
-        inputs = batch[0].to(device_of(model), non_blocking=True)
+    for inputs in model_inputs(model, batches):
         original = _seen_at(model, name, calls, inputs)
         current = original if small is model else _seen_at(small, name, calls, inputs)
         for (x, _), (_, y) in zip(current, original, strict=True):

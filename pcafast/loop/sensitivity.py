@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pcafast.bases import Basis
 from pcafast.errors import ArgumentError, PcafastError
-from pcafast.loop.batches import Batch
-from pcafast.modes import device_of, evaluating
+from pcafast.loop.batches import Batches, model_inputs, require_many_passes
+from pcafast.modes import evaluating
 from pcafast.plan import plan_low_rank
 from pcafast.plan.candidates import find_candidates
 from pcafast.progress import track
@@ -21,7 +21,7 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 def rank_losses(
     model: nn.Module,
     statistics: Mapping[str, Statistic | Basis],
-    batches: Iterable[Batch],
+    batches: Batches,
     *,
     shares: Sequence[float] = SHARES,
 ) -> dict[str, dict[int, float]]:
@@ -33,8 +33,8 @@ def rank_losses(
     Args:
         model: a classifier; it stays as it is.
         statistics: as for ``plan_low_rank``.
-        batches: sequences that start with the inputs, which can be gone through many times, once for every rank of
-            every layer: a few hundred images are enough.
+        batches: inputs, or sequences that start with the inputs, which can be gone through many times, once for every
+            rank of every layer: a few hundred images are enough.
         shares: of the largest rank that is cheaper than the layer; which ranks to try.
 
     Raises:
@@ -42,6 +42,7 @@ def rank_losses(
     """
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ArgumentError(f"shares: expected some in (0, 1], got {shares!r}.")
+    require_many_passes(batches)
     candidates, _ = find_candidates(model, statistics, None, None)
     trials = [
         (candidate, rank)
@@ -59,10 +60,10 @@ def rank_losses(
     return losses
 
 
-def _log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> Iterable[Tensor]:
+def _log_probabilities(model: nn.Module, batches: Batches) -> Iterable[Tensor]:
     with evaluating(model), torch.no_grad():
-        for batch in batches:
-            yield F.log_softmax(model(batch[0].to(device_of(model))).float(), dim=1)
+        for inputs in model_inputs(model, batches):
+            yield F.log_softmax(model(inputs).float(), dim=1)
 
 
 def _divergence(expected: Sequence[Tensor], found: Iterable[Tensor]) -> float:
