@@ -121,6 +121,27 @@ def headline() -> str:
     )
 
 
+def hessian() -> str:
+    """How well predictors rank directions, per layer."""
+    layers = results.read("hessian")["layers"]
+    predictors = {"PCA": "v'Cov v", "sampled": "v'Hv, sampled", "local": "v'Hv, local"}
+    parts = {"random": "random directions", "all": "all"}
+    cells = [
+        [row["agreement_of_halves"]["random"], *(row[one]["spearman"][part] for part in parts for one in predictors)]
+        for row in layers.values()
+    ]
+    means = [sum(column) / len(cells) for column in zip(*cells, strict=True)]
+    rows = [
+        [layer, str(row["dimensions"]), *(f"{cell:.2f}" for cell in line)]
+        for (layer, row), line in zip(layers.items(), cells, strict=True)
+    ]
+    titles = [f"{title}, {part}" for part in parts.values() for title in predictors.values()]
+    return table(
+        ["layer", "width", "halves of the images, random directions", *titles],
+        [*rows, ["mean", "", *(f"{one:.2f}" for one in means)]],
+    )
+
+
 def recipe(name: str) -> str:
     """What ``pcafast reproduce`` shows."""
     titles, rows, notes = RECIPES[name].table(results.read(name.replace("-", "_")))
@@ -136,7 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     **{
         function.__name__: function
-        for function in (one_pass, pruning, planning, kills, handover, collect_cost, demo, headline)
+        for function in (one_pass, hessian, pruning, planning, kills, handover, collect_cost, demo, headline)
     },
 }
 

@@ -332,6 +332,22 @@ def test_local_products_through_attention():
     assert ((state["directions"] * state["values"]).sum(1) > 0).all()
 
 
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+@pytest.mark.parametrize("fit", ["sampled", "local"])
+def test_an_output_that_nothing_uses_has_no_loss(fit):
+    found = projection_hessians(Unused(), [torch.randn(9, 4)], fit=fit)["unused"].compute()
+    assert not found.hessian.any()
+
+
 # Nothing of the model changes.
 
 

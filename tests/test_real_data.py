@@ -34,10 +34,13 @@ def test_accuracy_of_the_published_checkpoints(name, checkpoint, published):
     assert abs(correct - published) <= 2
 
 
-def test_pca_without_retraining(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "least"), [((), 0.83), (("--refit", "--images", 512), 0.875)], ids=["PCA", "fitted front to back"]
+)
+def test_low_rank_without_retraining(options, least, tmp_path, monkeypatch):
     """At the MACs that half the rank of every stride-1 convolution has: pca-compress's own code reaches 79.44 %."""
     arguments = [
-        *("pcafast", "compress", "resnet20", "--weights", DATA / "resnet20-12fca82f.th"),
+        *("pcafast", "compress", "resnet20", "--weights", DATA / "resnet20-12fca82f.th", *options),
         *("--data", DATA / "cifar10-{split}.npz", "--budget", "macs=0.584", "--out", tmp_path / "small"),
     ]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
@@ -46,7 +49,7 @@ def test_pca_without_retraining(tmp_path, monkeypatch):
     assert not done.value.code
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     assert report["after"]["images"] == 10_000
-    assert report["after"]["accuracy"] >= 0.83
+    assert report["after"]["accuracy"] >= least
     assert report["after"]["macs"] <= 0.584 * report["before"]["macs"]
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,15 +17,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from pcafast.collect.layers import LayerChoice, choose_layers
 from pcafast.collect.projection import Site, perturbed, projected
 from pcafast.errors import ArgumentError, PcafastWarning
+from pcafast.loop.batches import Batches, model_inputs
 from pcafast.memory import require_memory
-from pcafast.modes import device_of, evaluating
+from pcafast.modes import evaluating
 from pcafast.progress import track
 from pcafast.statistics import ProjectionHessian
 from pcafast.statistics.projection_hessian import Fit
 from pcafast.statistics.statistic import Side
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Batches = Iterable[Tensor | Sequence[Tensor]]
 
 
 def mean_squared_error(original: Tensor, outputs: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def projection_hessians(
             (N,). For the local fit it must be twice differentiable and have its minimum where the two are equal.
         rank_losses: fit the ranks of the losses instead (``sampled`` only).
         samples: of each layer; by default D^2 (sampled), D (local) for directions of D dimensions, which a noisy loss
-            makes few.
+            makes few: on trained networks thousands more are worth their time.
         mean_images: for the means.
         seed: of the directions, which do not depend on what other layers there are.
 
@@ -100,12 +100,12 @@ def projection_hessians(
             for site, (mean, count) in _means(model, batches, mean_images, sites, explicit=layers is not None)
         ]
         take = _take_losses if fit == "sampled" else _take_products
-        inputs = _inputs(model, _endless(batches))
+        inputs = model_inputs(model, _endless(batches))
         progress = track(range(sum(task.left for task in tasks)), "projections")
         while pending := [task for task in tasks if task.left]:
             batch = next(inputs)[: max(task.left for task in pending)]
-            for taken in take(model, batch, measure, pending):
-                deque(islice(progress, taken), maxlen=0)
+            taken = take(model, batch, measure, pending)
+            deque(islice(progress, taken), maxlen=0)  # moves the bar on
     return {task.site.name: task.finished() for task in tasks}
 
 
@@ -145,7 +145,7 @@ class _Task:
     def take(self, directions: Tensor, values: Tensor) -> int:
         """Keep as many samples as are still to be taken; how many."""
         kept = min(self.left, len(directions))
-        self.samples.append((directions[:kept].cpu(), values[:kept].detach().cpu().double()))
+        self.samples.append((directions[:kept].cpu(), values[:kept].cpu().double()))
         self.left -= kept
         return kept
 
@@ -155,16 +155,17 @@ class _Task:
         return self.statistic
 
 
-def _take_losses(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Sequence[_Task]) -> Iterator[int]:
-    original = _outputs(model, inputs)
+def _take_losses(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Sequence[_Task]) -> int:
+    original, taken = _outputs(model, inputs), 0
     for task in tasks:
         directions = task.directions(len(inputs))
         with projected(task.site, directions, task.mean):
             outputs = _outputs(model, inputs)
-        yield task.take(directions, _losses(measure, original, outputs))
+        taken += task.take(directions, _losses(measure, original, outputs))
+    return taken
 
 
-def _take_products(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Sequence[_Task]) -> Iterator[int]:
+def _take_products(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Sequence[_Task]) -> int:
     """The products h of ``ProjectionHessian``: all layers share the forward and the first backward pass."""
     # Attention's other kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
@@ -177,13 +178,15 @@ def _take_products(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Seque
         epsilons = [made.epsilon for made in found]
         # Zero, but their derivatives are not.
         gradients = torch.autograd.grad(losses.sum(), epsilons, create_graph=True, materialize_grads=True)
+        taken = 0
         for task, (epsilon, directions, change), gradient in zip(tasks, found, gradients, strict=True):
             (curved,) = torch.autograd.grad(
                 gradient, epsilon, change.detach(), retain_graph=True, materialize_grads=True
             )
             (slope,) = torch.autograd.grad(change, directions, curved)
-            loss = (change.detach() * curved).flatten(1).sum(1, keepdim=True) / 2
-            yield task.take(directions, slope / 2 - loss * directions.detach())
+            directions, loss = directions.detach(), (change.detach() * curved).flatten(1).sum(1, keepdim=True) / 2
+            taken += task.take(directions, slope / 2 - loss * directions)
+    return taken
 
 
 def _means(
@@ -204,7 +207,7 @@ def _means(
         calls[site.name] += 1
 
     seen, once = 0, list(sites)
-    for inputs in track(_inputs(model, batches), "means"):
+    for inputs in track(model_inputs(model, batches), "means"):
         calls.clear()
         with ExitStack() as hooks:
             for site in once:
@@ -236,16 +239,6 @@ def _sites(model: nn.Module, layers: LayerChoice | None, side: Side) -> list[Sit
         if problem := site.problem():
             raise ArgumentError(f"layers: directions cannot be projected out of layer {site.name!r}: {problem}")
     return sites
-
-
-def _inputs(model: nn.Module, batches: Batches) -> Iterator[Tensor]:
-    device = device_of(model)
-    for batch in batches:
-        inputs = batch[0] if isinstance(batch, Sequence) and batch else batch
-        if not isinstance(inputs, Tensor):
-            raise ArgumentError(f"batches: expected tensors, or sequences that start with one, got {type(batch)}")
-        if len(inputs):
-            yield inputs.to(device)
 
 
 def _endless(batches: Batches) -> Iterator[Tensor | Sequence[Tensor]]:
