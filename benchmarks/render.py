@@ -124,7 +124,7 @@ def headline() -> str:
 def hessian() -> str:
     """How well predictors rank directions, per layer."""
     layers = results.read("hessian")["layers"]
-    predictors = {"PCA": "v'Cov v", "sampled": "v'Hv, sampled", "local": "v'Hv, local"}
+    predictors = {"PCA": "v'Cov v", "sampled": "v'Hv, sampled (ranks)", "local": "v'Hv, local"}
     parts = {"random": "random directions", "all": "all"}
     cells = [
         [row["agreement_of_halves"]["random"], *(row[one]["spearman"][part] for part in parts for one in predictors)]

@@ -497,8 +497,8 @@ def test_a_ratio_falls_step_by_step_and_adds_no_layers(tmp_path):
     assert ranks == [40, 25, 16]  # of 64, times 0.25 ** (1/3), (2/3), 1
     assert [type(part) for part in small.conv2] == [nn.Conv2d, nn.Conv2d]
     assert [action.fuse_into for action in plan.actions if action.layer == "conv2.0"] == ["conv2.1"] * 2
-    assert plan.asked["ratio"] == report["asked"]["budget"]["ratio"] == 0.25
-    assert "ranks" not in plan.asked
+    assert plan.asked["ranks"] == report["asked"]["budget"]["ranks"] == 0.25
+    assert "of the ranks" in (tmp_path / "out" / "report.html").read_text()
     loaded = pcafast.load(model(), tmp_path / "out")
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(loaded.eval()(x), small.eval()(x))

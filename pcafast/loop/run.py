@@ -83,7 +83,6 @@ class Run:
         else:
             progress.plan = progress.plan.then(plan)
         progress.plan.asked |= self.task.asked_share  # of all steps together
-        progress.plan.asked.pop("ranks", None)
 
     def _target(self, step: int) -> Target:
         """What the step may keep of the model as it is: the shares of the original fall geometrically."""

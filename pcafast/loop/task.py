@@ -99,7 +99,7 @@ class Task:
     @property
     def asked_share(self) -> dict[str, float]:
         """The share to keep, by what it is a share of."""
-        return {getattr(self.target, "quantity", "ratio"): self.target.share}
+        return {getattr(self.target, "quantity", "ranks"): self.target.share}
 
     def new_trainer(self, model: nn.Module) -> Trainer:
         """The built-in trainer of one step."""
