@@ -36,10 +36,10 @@ def _batches(*shape, count=3, seed=0):
 def _regressed(x, y, rank):
     """The best prediction of rows y by an affine map of rows x whose matrix has this rank.
 
-    A millionth of the mean variance of x counts as noise: as rows that are to be predicted as zero.
+    A millionth of the variance of each x counts as noise: as rows that are to be predicted as zero.
     """
     deviations, targets = x - x.mean(0), y - y.mean(0)
-    noise = (1e-6 * deviations.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1]).to(x)
+    noise = (1e-6 * deviations.square().sum(0)).sqrt().diag()
     seen = torch.cat([deviations, noise])
     weights = torch.linalg.lstsq(seen, torch.cat([targets, targets.new_zeros(len(noise), y.shape[1])])).solution
     _, _, directions = torch.linalg.svd(seen @ weights, full_matrices=False)
@@ -114,9 +114,10 @@ def test_a_fused_factor_goes_into_the_next_layer():
     x = torch.cat([inputs for inputs, _ in batches])
     with torch.no_grad():
         y = model[0](x)
-        projected = _regressed(*(rows.movedim(1, -1).flatten(0, -2) for rows in (y, y)), 3)
-        expected = model[1](projected.unflatten(0, (*y[:, 0].shape,)).movedim(-1, 1))
-        torch.testing.assert_close(small[:2](x), expected, rtol=1e-4, atol=1e-4)
+        cut = columns(x, (3, 3), (1, 1), [(0, 0)] * 2, (1, 1), "zeros").T
+        wanted = model[1](y)
+        expected = _regressed(cut, wanted.movedim(1, -1).flatten(0, -2), 3).unflatten(0, (*wanted[:, 0].shape,))
+        torch.testing.assert_close(small[:2](x).movedim(1, -1), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_ranks_of_a_fitted_plan_can_be_lowered_by_hand():
@@ -195,7 +196,7 @@ def test_what_cannot_be_fitted_is_refused():
         pcafast.refit(model, plan, ["images"])
     with pytest.raises(ArgumentError, match="batches: expected at least one to fit"):
         pcafast.refit(model, plan, [])
-    with pytest.raises(pcafast.NonFiniteError, match="layer '0': the batch holds NaN"):
+    with pytest.raises(pcafast.NonFiniteError, match="expected finite numbers in and out of layer '0'"):
         pcafast.refit(model, plan, [(torch.full((4, 3, 9, 9), torch.nan, dtype=torch.float64), None)])
     with pytest.raises(ArgumentError, match="plan: expected one of low-rank layers"):
         pcafast.refit(model, replace(plan, tensors=None), batches)
@@ -207,3 +208,84 @@ def test_constant_inputs_do_no_harm():
     batches = [(torch.ones(20, 6, dtype=torch.float64), None)]
     plan = pcafast.refit(model, _plan(model, batches, **{"0": 2}), batches)
     torch.testing.assert_close(plan.apply(model)(batches[0][0]), model(batches[0][0]))
+
+
+def test_inputs_of_very_different_scales_are_fitted_as_well_as_by_the_plan():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8)).double()
+    x = torch.randn(512, 6, dtype=torch.float64)
+    x[:, 0] *= 1e4
+    with torch.no_grad():
+        model[0].weight[:, 0] *= 1e-4
+    batches = [(x, None)]
+    plan = _plan(model, batches, **{"0": 3})
+    fitted = pcafast.refit(model, plan, batches)
+    errors = [float((one.apply(model)(x) - model(x)).square().sum().detach()) for one in (plan, fitted)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+    assert fitted.actions[0].kept == pytest.approx(plan.actions[0].kept, rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_where_factors_are_fused_the_next_layers_output_is_what_counts(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(12, 8, 3, groups=groups), nn.Conv1d(8, 12, 1)).double()
+    with torch.no_grad():
+        model[1].weight[:, 0] *= 5
+    batches = _batches(40, 12, 9)
+    plan = plan_low_rank(model, _statistics(model, batches), ranks={"0": 2}, example_input=batches[0][0])
+    assert plan.actions[0].fuse_into == "1"
+    fitted = pcafast.refit(model, plan, batches)
+    x = torch.cat([inputs for inputs, _ in batches])
+    with torch.no_grad():
+        errors = [float((one.apply(model)(x) - model(x)).square().sum()) for one in (plan, fitted)]
+        variance = float((model(x) - model(x).mean((0, 2), keepdim=True)).square().sum())
+    assert errors[1] < 0.95 * errors[0]
+    if groups == 1:
+        assert fitted.actions[0].kept == pytest.approx(1 - errors[1] / variance, abs=1e-4)
+
+
+def test_a_forward_that_works_in_place_on_its_input_is_no_matter():
+    class Shifting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(3.0))
+
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12)).double(), _batches(60, 6)
+    shifting = Shifting(*copy.deepcopy(model))
+    before = [inputs.clone() for inputs, _ in batches]
+    shifted = [(inputs - 3.0, None) for inputs, _ in batches]
+    plan = _plan(model, shifted, **{"0": 3, "2": 3})
+    expected = pcafast.refit(model, plan, shifted).tensors
+    found = pcafast.refit(shifting, plan, batches).tensors
+    assert all(torch.equal(inputs, old) for (inputs, _), old in zip(batches, before, strict=True))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_half_precision_empty_calls_and_keyword_arguments():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.expert = nn.Linear(6, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            x = self.stem(input=x)
+            return self.expert(x[: len(x) - 20])
+
+    torch.manual_seed(0)
+    model = Routed().half()
+    with torch.no_grad():
+        model.stem.weight *= 300  # whose squares half precision does not hold
+    batches = [(torch.randn(count, 6).half(), None) for count in (20, 60)]
+    plan = _plan(model, batches, stem=3, expert=3)
+    fitted = pcafast.refit(model, plan, batches)
+    assert [0.3 < action.kept <= 1 for action in fitted.actions] == [True, True]
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_run():
+    model, batches = nn.Sequential(nn.Conv2d(3, 8, 3)).double(), _batches(4, 3, 9, 9)
+    plan = _plan(model, batches, **{"0": 2})
+    with pytest.raises(ArgumentError, match="layer '0' is not the one that the plan was made for"):
+        pcafast.refit(nn.Sequential(nn.Conv2d(3, 6, 3)).double(), plan, batches)
+    with pytest.raises(ArgumentError, match="plan: expected one of low-rank layers, with its tensors, got plan"):
+        pcafast.refit(model, "plan", batches)
