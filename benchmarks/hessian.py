@@ -39,7 +39,7 @@ DATA = Path(os.environ["PCAFAST_DATA"])
 TRAINING, HELD_OUT = 8192, 256
 RANDOM, EIGENVECTORS = 48, 16
 SAMPLES = {"sampled": lambda dimensions: 8 * dimensions**2, "local": lambda dimensions: 4096}
-OPTIONS = {"sampled": {"rank_losses": True}, "local": {}}
+OPTIONS = {"sampled": {"ranked": True}, "local": {}}
 PARTS = {"random": slice(RANDOM), "eigenvectors": slice(RANDOM, None), "all": slice(None)}
 
 

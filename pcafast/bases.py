@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from pcafast.errors import ArgumentError
-from pcafast.statistics import ActivationGradient, Covariance, GradientCovariance, PatchCovariance, ProjectionHessian
+from pcafast.statistics import (
+    ActivationGradient,
+    Covariance,
+    GradientCovariance,
+    PatchCovariance,
+    ProjectionHessian,
+    Statistic,
+)
 from pcafast.statistics.statistic import Side
 
 Select = Literal["magnitude", "signed"]
@@ -50,12 +57,14 @@ class Basis:
 
 def pca(covariance: Covariance | PatchCovariance) -> Basis:
     """Directions of the most variance: at each rank, the least squared error of the activation (Pearson, 1901)."""
+    _expect(covariance, (Covariance, PatchCovariance), "covariance")
     moments = covariance.compute()
     return _orthonormal(covariance.side, moments.mean, *principal_components(moments.covariance))
 
 
 def uncentred(covariance: Covariance | PatchCovariance) -> Basis:
     """As ``pca``, about zero instead of the mean: of the second moment E[x x']."""
+    _expect(covariance, (Covariance, PatchCovariance), "covariance")
     mean, second = _second_moment(covariance)
     return _orthonormal(covariance.side, torch.zeros_like(mean), *principal_components(second))
 
@@ -64,13 +73,16 @@ def fisher(covariance: Covariance, gradient: GradientCovariance) -> Basis:
     """Directions of an output whose loss costs the most by the gradients there.
 
     At each rank the least E[(y - y~)' F (y - y~)], where F = E[g g'] is the second moment of the loss gradient by the
-    output: the block of the Fisher information. Oblique, as F is no multiple of the identity: PCA of F^(1/2) y, brought
-    back. Directions that hardly any gradient has are taken to matter a millionth of the one that matters most.
+    output: the block of the empirical Fisher information, if the loss is the negative log-likelihood of the labels.
+    Oblique, as F is no multiple of the identity: PCA of F^(1/2) y, brought back. Directions that hardly any gradient
+    has are taken to matter a millionth of the one that matters most.
     """
-    _expect(covariance, Covariance, "covariance")
-    _expect(gradient, GradientCovariance, "gradient")
+    _expect(covariance, (Covariance,), "covariance")
+    _expect(gradient, (GradientCovariance,), "gradient")
     if covariance.side != "output":
         raise ArgumentError("covariance: expected that of the layer's output, where gradients are of, got its input's.")
+    if gradient.layer != covariance.layer:
+        raise ArgumentError(f"gradient: expected that of layer {covariance.layer!r}, got that of {gradient.layer!r}.")
     moments = covariance.compute()
     weights, directions = principal_components(_second_moment(gradient)[1])
     blocks = _blocks(moments.covariance)
@@ -96,7 +108,7 @@ def gradient(matrix: ActivationGradient, *, select: Select) -> Basis:
         select: "magnitude" keeps the directions of the largest changes; "signed" those whose loss would raise the loss
             the most, and leaves out first those without which it falls (pca-compress's ``greedy``).
     """
-    _expect(matrix, ActivationGradient, "matrix")
+    _expect(matrix, (ActivationGradient,), "matrix")
     found = matrix.compute()
     return eigen(-found.symmetric / 2, found.mean, side=matrix.side, select=select)
 
@@ -109,7 +121,7 @@ def hessian(fit: ProjectionHessian, *, select: Select = "signed") -> Basis:
         select: "signed" keeps those of the highest predicted losses; "magnitude" takes predictions below zero, which
             no loss of projection is, for as important as those above (as pca-compress does).
     """
-    _expect(fit, ProjectionHessian, "fit")
+    _expect(fit, (ProjectionHessian,), "fit")
     found = fit.compute()
     return eigen(found.hessian, found.mean, side=fit.side, select=select)
 
@@ -121,7 +133,8 @@ def eigen(matrix: Tensor, mean: Tensor, *, side: Side = "output", select: Select
         matrix: x' matrix x is what the direction x is worth.
         mean: (g * C,) of the activations, which stays when directions are left out.
         side: whose activations they are, the layer's output or input.
-        select: whether directions go by the magnitude of their eigenvalues or by the eigenvalues as they are.
+        select: whether directions go by the magnitude of their eigenvalues or by the eigenvalues as they are; those
+            below zero are then worth nothing, and where none is above, all directions are worth the same.
 
     Raises:
         ArgumentError: the matrix is not square, symmetric and finite, or does not go with the mean.
@@ -133,10 +146,13 @@ def eigen(matrix: Tensor, mean: Tensor, *, side: Side = "output", select: Select
     values, vectors = _eigenvectors("matrix", matrix)
     if mean.shape != (values.numel(),):
         raise ArgumentError(f"mean: expected shape ({values.numel()},), as the matrix has, got {tuple(mean.shape)}.")
+    if not mean.isfinite().all():
+        raise ArgumentError("mean: expected finite numbers, got NaN or infinities.")
     worth = values.abs() if select == "magnitude" else values
     order = worth.argsort(dim=-1, descending=True, stable=True)
     basis = vectors.gather(-2, order.unsqueeze(-1).expand_as(vectors))
-    return _orthonormal(side, mean, worth.gather(-1, order).clamp(min=0), basis)
+    sorted_worth = worth.gather(-1, order).clamp(min=0)
+    return _orthonormal(side, mean, sorted_worth if sorted_worth.any() else torch.ones_like(worth), basis)
 
 
 def principal_components(covariance: Tensor) -> PrincipalComponents:
@@ -206,6 +222,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _expect(statistic: object, kind: type, name: str) -> None:
-    if not isinstance(statistic, kind):
-        raise ArgumentError(f"{name}: expected the {kind.__name__} of a layer, got a {type(statistic).__name__}.")
+def _expect(statistic: object, kinds: tuple[type[Statistic], ...], name: str) -> None:
+    if not isinstance(statistic, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ArgumentError(f"{name}: expected the {wanted} of a layer, got a {type(statistic).__name__}.")
+    if statistic.tap != "layer":
+        raise ArgumentError(
+            f"{name}: expected that right at layer {statistic.layer!r}, which is what is factorised, got that after "
+            f"its {statistic.tap}. Collect it with tap='layer'."
+        )

@@ -125,6 +125,7 @@ def test_hessian_basis_keeps_what_costs_the_most_to_leave_out():
         (dict(matrix=torch.zeros(2, 3)), r"matrix: expected square matrices, .* got shape \(2, 3\)"),
         (dict(matrix=torch.tensor([[1.0, 0.5], [0.4, 1.0]])), "matrix: expected a symmetric matrix"),
         (dict(matrix=torch.full((2, 2), torch.nan)), "matrix: expected finite numbers"),
+        (dict(mean=torch.full((2,), torch.nan)), "mean: expected finite numbers"),
         (dict(mean=torch.zeros(3)), r"mean: expected shape \(2,\), as the matrix has, got \(3,\)"),
         (dict(select="largest"), "select: expected 'magnitude' or 'signed', got 'largest'"),
         (dict(side="both"), "side: expected 'output' or 'input', got 'both'"),
@@ -136,7 +137,21 @@ def test_wrong_matrices_are_refused(arguments, message):
         bases.eigen(arguments.pop("matrix"), arguments.pop("mean"), **arguments)
 
 
+def test_where_no_eigenvalue_is_positive_no_direction_is_free():
+    basis = bases.eigen(-torch.diag(torch.arange(1.0, 5)), torch.zeros(4), select="signed")
+    torch.testing.assert_close(basis.left_out, torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
+    assert basis.encoder[0].abs().argmax(1).tolist() == [0, 1, 2, 3]
+
+
 def test_statistics_of_another_kind_are_refused():
+    with pytest.raises(ArgumentError, match=r"covariance: expected the Covariance or PatchCovariance .* GradientCov"):
+        bases.pca(pcafast.GradientCovariance())
+    with pytest.raises(ArgumentError, match=r"covariance: expected that right at layer .* Collect it with tap='layer'"):
+        bases.pca(pcafast.Covariance(tap="activation"))
+    one, other = pcafast.Covariance(), pcafast.GradientCovariance()
+    one.layer, other.layer = "conv1", "conv2"
+    with pytest.raises(ArgumentError, match="gradient: expected that of layer 'conv1', got that of 'conv2'"):
+        bases.fisher(one, other)
     with pytest.raises(ArgumentError, match="matrix: expected the ActivationGradient of a layer, got a Covariance"):
         bases.gradient(_covariance(_rows()), select="signed")
     with pytest.raises(ArgumentError, match="covariance: expected that of the layer's output"):

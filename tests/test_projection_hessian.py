@@ -95,7 +95,7 @@ def test_equal_losses_share_the_mean_of_their_ranks():
     directions = unit_directions(8, 2)
     losses = torch.tensor([5.0, 1.0, 5.0, -2.0, 5.0, 1.0, 7.0, 0.0], dtype=torch.float64)
     ranks = torch.tensor([5.0, 2.5, 5.0, 0.0, 5.0, 2.5, 7.0, 1.0], dtype=torch.float64)
-    found = fitted(directions, losses, rank_losses=True).compute()
+    found = fitted(directions, losses, ranked=True).compute()
     expected = fitted(directions, ranks).compute()
     assert torch.equal(found.hessian, expected.hessian)
     assert found.residual == expected.residual
@@ -476,7 +476,7 @@ def test_an_empty_statistic():
         ({"fit": "global"}, "fit: expected one of sampled, local, got 'global'"),
         ({"side": "before"}, "side: expected one of output, input"),
         ({"tap": "activation"}, "tap: expected one of layer"),
-        ({"fit": "local", "rank_losses": True}, 'rank_losses: expected fit="sampled"'),
+        ({"fit": "local", "ranked": True}, 'ranked: expected fit="sampled"'),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -594,8 +594,8 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples": 0}, "samples: expected at least 1, got 0"),
-        ({"mean_images": 0}, "mean_images: expected at least 1, got 0"),
+        ({"samples": 0}, "samples: expected a whole number from 1 on, got 0"),
+        ({"mean_images": 0}, "mean_images: expected a whole number from 1 on, got 0"),
         ({"batches": []}, "batches: expected at least one batch"),
         ({"batches": [{"x": 1}]}, "batches: expected tensors, or sequences"),
         ({"batches": iter([images()])}, "batches: ended before there were enough samples"),

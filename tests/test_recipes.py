@@ -184,6 +184,8 @@ def test_recipes_are_listed(arguments, reproduce):
             "--epochs: the recipe stub has no such option. It has --lines, --big",
         ),
         (["stub", "--data", "digits", "--lines", "many"], "--lines: expected a whole number after it, got many"),
+        (["pca-mnist", "--data", "digits", "--seeds", 0], "seeds: expected at least 1, got 0"),
+        (["pca-mnist", "--data", "digits", "--epochs=0"], "epochs: expected at least 1, got 0"),
         (["stub", "--data", "digits", "--lines"], "--lines: expected a whole number after it, got nothing"),
         (["pca-mnist", "--data", "digits", "--device", "tpu"], "--device: expected cpu"),
     ],

@@ -59,7 +59,11 @@ def command(
         list[str] | None, typer.Option(help="Name or pattern such as 'layer1.*'; may be repeated. Default: all.")
     ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Fit low-rank factors front to back to the original outputs of each layer.")
+        bool,
+        typer.Option(
+            "--refit",
+            help="Fit low-rank factors front to back to the outputs of each layer; the method then only chooses ranks.",
+        ),
     ] = False,
     losses: Annotated[
         Path | None, typer.Option(help="Choose ranks by what `pcafast sensitivity` measured, from its file.")

@@ -77,7 +77,7 @@ def _own_options(name: str, recipe: Recipe, words: Sequence[str]) -> dict[str, A
     """The recipe's options among the words of the command line: --epochs 3, or --refit alone."""
     parameters = {_flag(one): parameter for one, parameter in _parameters(recipe).items()}
     found: dict[str, Any] = {}
-    rest = iter(words)
+    rest = iter([part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])])
     for flag in rest:
         if flag not in parameters:
             raise ArgumentError(f"{flag}: the recipe {name} has no such option. It has {', '.join(parameters)}.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -49,6 +50,7 @@ def command(
     """
     if method not in DIRECTIONS:
         raise ArgumentError(f"--method: expected one of {', '.join(DIRECTIONS)}, got {method!r}.")
+    torch.manual_seed(seed)  # for weights that are not given, as in compress
     network = options.build_model(model, weights, None, num_classes, device)
     dataset = open_dataset(data, "train", image_size=image_size)
     batches = options.training_batches(dataset, images, batch_size, seed)
@@ -106,4 +108,4 @@ def _table(losses: Mapping[str, Mapping[int, float]]) -> Table:
 def _cell(loss: float) -> Text:
     """Green up to a thousandth of a nat, red from one on."""
     level = 0 if loss <= 0 else min(max(math.ceil(math.log10(loss)) + 3, 0), len(_COLOURS) - 1)
-    return Text(f"{loss:.4f}" if loss < 10 else f"{loss:.1f}", style=_COLOURS[level])
+    return Text(f"{loss:.2g}", style=_COLOURS[level])

@@ -80,9 +80,10 @@ def compress(
         model: a classifier; it is left as it is.
         method: ``"pca"`` makes low-rank layers from the covariance of their outputs, ``"pca-input"`` from that of the
             patches they take in; ``"uncentred"``, ``"fisher"``, ``"gradient"`` and ``"greedy"`` by other bases of
-            ``pcafast.bases``, the last two the same with ``select`` "magnitude" and "signed"; a ``Directions`` by those
-            of your own. ``"taylor"``, ``"rank"`` and ``"l1"`` remove channels by their Taylor scores, the mean rank of
-            their maps, or the L1 norm of their filters; a ``Criterion`` does so by scores of your own.
+            ``pcafast.bases``, the last two the same with ``select`` "magnitude" and "signed", and gradients those of
+            the cross-entropy with a label smoothing of 0.1; a ``Directions`` by those of your own. ``"taylor"``,
+            ``"rank"`` and ``"l1"`` remove channels by their Taylor scores, the mean rank of their maps, or the L1 norm
+            of their filters; a ``Criterion`` does so by scores of your own.
         budget: what the result may cost, as a share of the model. Over the steps the shares fall geometrically.
         ratio: in place of a budget, the share of its full rank that every low-rank layer keeps. Over the steps it falls
             geometrically; factors are fused with those of the step before, so that no layers are added.
@@ -99,7 +100,8 @@ def compress(
         min_width: channels that every layer keeps at least when channels are removed.
         round_to: number of which widths that shrink become multiples when channels are removed.
         compensate_means: whether what removed channels added on average goes into what follows them.
-        refit: whether low-rank factors are fitted front to back, see ``pcafast.refit``; batch norms then stay.
+        refit: whether low-rank factors are fitted front to back to the outputs of the model as each step finds it, see
+            ``pcafast.refit``. The method then only chooses the ranks, and batch norms stay.
         losses: what each layer's rank costs, as ``pcafast.rank_losses`` measures it, to choose ranks by in one step.
         steps: how many times to go through it all.
         retrain_epochs: epochs of retraining in every step.

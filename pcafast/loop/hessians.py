@@ -50,7 +50,7 @@ def projection_hessians(
     side: Side = "output",
     fit: Fit = "sampled",
     loss: str | Loss = "mse",
-    rank_losses: bool = False,
+    ranked: bool = False,
     samples: int | None = None,
     mean_images: int = 1024,
     seed: int = 0,
@@ -73,7 +73,7 @@ def projection_hessians(
         loss: "mse", the mean squared error; "kl", the symmetric divergence KL(p, q) + KL(q, p) of the softmax over
             dimension 1; or a function of the original outputs and the outputs that returns a loss for each example,
             (N,). For the local fit it must be twice differentiable and have its minimum where the two are equal.
-        rank_losses: fit the ranks of the losses instead (``sampled`` only).
+        ranked: fit the ranks of the losses instead (``sampled`` only).
         samples: of each layer; by default D^2 (sampled), D (local) for directions of D dimensions, which a noisy loss
             makes few: on trained networks thousands more are worth their time.
         mean_images: for the means.
@@ -87,10 +87,10 @@ def projection_hessians(
     if measure is None:
         raise ArgumentError(f"loss: expected one of {', '.join(LOSSES)} or a function, got {loss!r}")
     for name, number in (("samples", samples), ("mean_images", mean_images)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"{name}: expected at least 1, got {number}")
+        if number is not None and (type(number) is not int or number < 1):
+            raise ArgumentError(f"{name}: expected a whole number from 1 on, got {number!r}")
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
-    make = partial(ProjectionHessian, side=side, fit=fit, loss=name, rank_losses=rank_losses)
+    make = partial(ProjectionHessian, side=side, fit=fit, loss=name, ranked=ranked)
     make()  # which says what is wrong with the settings
     sites = _sites(model, layers, side)
     _warn_of_dropout(model)
@@ -255,7 +255,7 @@ def _endless(batches: Batches) -> Iterator[Tensor | Sequence[Tensor]]:
 
 
 def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs = model(inputs)
+    outputs = model(inputs.clone())  # since a forward may work in place
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != inputs.shape[:1]:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ArgumentError(

@@ -48,7 +48,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Ratio:
-    """A share of the full rank that every layer, or the layer of which it is a factor, has in the original."""
+    """A share of the outputs that every layer, or the layer of which it is a factor, has in the original."""
 
     share: float
     original: nn.Module
@@ -60,8 +60,10 @@ class Ratio:
         for name, statistic in statistics.items():
             layer = modules.get(name, modules.get(name.rpartition(".")[0]))
             if layer is not None and is_factorisable(layer):
-                full = channels(layer, statistic.side) // groups(layer)  # type: ignore[arg-type]
-                ranks[name] = max(1, math.floor(self.share * full + 0.5))
+                outputs = channels(layer, "output")
+                # Of patches, no more directions than outputs ever count.
+                full = outputs if statistic.side == "output" else min(outputs, channels(layer, "input"))
+                ranks[name] = max(1, math.floor(self.share * full / groups(layer) + 0.5))
         return ranks
 
 
@@ -308,6 +310,14 @@ def find_method(
             )
         if losses is not None and by_ratio:
             raise ArgumentError("losses: expected only with a budget, within which they choose the ranks, got a ratio.")
+        plain = isinstance(losses, Mapping) and all(
+            isinstance(of, Mapping) and all(isinstance(loss, int | float) for loss in of.values())
+            for of in losses.values()
+        )
+        if losses is not None and not plain:
+            raise ArgumentError(
+                f"losses: expected {{layer: {{rank: loss}}}}, as of pcafast.rank_losses, got {losses!r}."
+            )
         return Factorisation(found, refit, losses)
     if not isinstance(found, Criterion):
         raise ArgumentError(

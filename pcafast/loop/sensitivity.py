@@ -40,7 +40,7 @@ def rank_losses(
     Raises:
         ArgumentError: there is no batch, no share in (0, 1], or the statistics are of another model.
     """
-    if not shares or not all(0 < share <= 1 for share in shares):
+    if not isinstance(shares, Sequence) or not shares or not all(0 < share <= 1 for share in shares):
         raise ArgumentError(f"shares: expected some in (0, 1], got {shares!r}.")
     require_many_passes(batches)
     candidates, _ = find_candidates(model, statistics, None, None)
@@ -63,7 +63,11 @@ def rank_losses(
 def _log_probabilities(model: nn.Module, batches: Batches) -> Iterable[Tensor]:
     with evaluating(model), torch.no_grad():
         for inputs in model_inputs(model, batches):
-            yield F.log_softmax(model(inputs).float(), dim=1)
+            scores = model(inputs.clone())  # since a forward may work in place
+            if not isinstance(scores, Tensor) or scores.ndim < 2:
+                found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise ArgumentError(f"model: expected class scores of shape ({len(inputs)}, classes), got {found}.")
+            yield F.log_softmax(scores.float(), dim=1)
 
 
 def _divergence(expected: Sequence[Tensor], found: Iterable[Tensor]) -> float:

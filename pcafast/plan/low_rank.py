@@ -54,6 +54,9 @@ def plan_low_rank(
     Raises:
         ArgumentError: an argument is wrong, the statistics are of another model, or the budget cannot be met.
     """
+    for name, given in (("ranks", ranks), ("losses", losses), ("statistics", statistics)):
+        if not isinstance(given, Mapping | None) or (given is None and name == "statistics"):
+            raise ArgumentError(f"{name}: expected a mapping by the names of layers, got {given!r}.")
     asked = _asked(budget, ratio, energy, ranks)
     if side not in (None, *get_args(Side)):
         raise ArgumentError(f"side: expected 'output' or 'input', got {side!r}.")

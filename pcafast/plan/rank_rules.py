@@ -86,12 +86,14 @@ def _of_measured(candidate: Candidate, losses: Losses) -> dict[int, float]:
     """From the lowest rank that was measured up, along straight lines, to none at the full rank; never rising."""
     layer = candidate.layer
     measured = losses.get(layer.name, {})
+    if not isinstance(measured, Mapping):
+        raise ArgumentError(f"losses: expected {{rank: loss}} for layer {layer.name!r}, got {measured!r}.")
     if not all(type(rank) is int and 1 <= rank <= layer.channels for rank in measured) or not measured:
         raise ArgumentError(
             f"losses: expected those of layer {layer.name!r} at some ranks from 1 to {layer.channels}, got "
             f"{dict(measured)}."
         )
-    if not all(math.isfinite(loss) for loss in measured.values()):
+    if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in measured.values()):
         raise ArgumentError(f"losses: expected finite numbers for layer {layer.name!r}, got {dict(measured)}.")
     descending = sorted({**measured, layer.channels: 0.0}.items(), reverse=True)
     highest = itertools.accumulate((loss for _, loss in descending), max)

@@ -107,12 +107,14 @@ class _Experiment:
         stride_one = {name: one for name, one in self.stats["output"].items() if self._module(name).stride == (1, 1)}
         uniform = plan_low_rank(self.model, stride_one, ratio=ratio, example_input=self.example)
         share = uniform.reached["macs"]["share"]
-        models = dict(track(list(self._models(uniform, Budget(macs=share))), f"{self.name}, {ratio:g} of ranks"))
-        rows = {method: self._row(model, method) for method, model in models.items()}
+        models, rows = {}, {}
+        for method, model in self._models(uniform, Budget(macs=share)):
+            rows[method] = self._row(model, method)
+            if method in (UNIFORM, BY_LOSSES):
+                models[method] = model
         if epochs:
             method = f"the same, {epochs} epoch{'s' * (epochs > 1)} of retraining"
-            models[method] = self._retrained(models[BY_LOSSES], epochs)
-            rows[method] = self._row(models[method], method)
+            rows[method] = self._row(self._retrained(models[BY_LOSSES], epochs), method)
         batch = next(iter(self.test))[0][:64]
         timed = measure(self.model, models[UNIFORM], models[BY_LOSSES], batch=batch)
         seconds = dict(zip(("original", UNIFORM, BY_LOSSES), (one.seconds for one in timed), strict=True))

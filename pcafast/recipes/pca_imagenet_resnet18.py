@@ -42,7 +42,7 @@ def run(
         data: images by class, under train/ and val/.
         weights: a checkpoint of torchvision's resnet18; without one its weights are random.
         prune_dim: the share of its ranks that every convolution of stride 1 keeps in the end.
-        prune_step: what the share is multiplied by in each step, until it is that.
+        prune_step: what the share is multiplied by in each step at the least, in as many equal steps as it then takes.
         prune_samples: training images for the statistics of each step.
         tune_lr: learning rate of retraining.
         tune_epochs: of retraining after each step.
@@ -62,7 +62,8 @@ def run(
             raise ArgumentError(f"{name}: expected a share in (0, 1), got {value}.")
     train, test = (open_dataset(str(data), split, image_size=image_size) for split in ("train", "test"))
     torch.manual_seed(seed)  # for weights that are not given
-    classes = len(list((data / "train").iterdir())) if (data / "train").is_dir() else None
+    folders = data / "train" if (data / "train").is_dir() else data
+    classes = sum(entry.is_dir() for entry in folders.iterdir())
     model = build("torchvision:resnet18", num_classes=None if weights else classes, weights=weights).to(device)
     report = compress(
         model,

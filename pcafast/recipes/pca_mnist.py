@@ -55,6 +55,9 @@ def run(data: Path, *, epochs: int = 3, seeds: int = 3, seed: int = 0, device: t
         ArgumentError: the images are of another size.
         FileError: the data cannot be read.
     """
+    for name, number in (("epochs", epochs), ("seeds", seeds)):
+        if number < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {number}.")
     train, test = _opened(data, "train"), loader(_opened(data, "test"), batch_size=500, device=device)
     networks: dict[str, Results] = {}
     for number in range(seed, seed + seeds):

@@ -51,7 +51,7 @@ class ProjectionHessian(Statistic):
             with (D = C * kh * kw in the order of ``unfold``).
         fit: to losses ("sampled") or to second-order products ("local").
         loss: the name of the loss between the original and the changed outputs.
-        rank_losses: fit the ranks of the losses instead, 0 the smallest; equal losses share the mean of their ranks.
+        ranked: fit the ranks of the losses instead, 0 the smallest; equal losses share the mean of their ranks.
     """
 
     states: ClassVar[dict[str, State]] = {
@@ -66,14 +66,12 @@ class ProjectionHessian(Statistic):
     side: Side = "output"
     fit: Fit = "sampled"
     loss: str = "mse"
-    rank_losses: bool = False
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank_losses and self.fit == "local":
-            raise ArgumentError(
-                'rank_losses: expected fit="sampled" with it, since the local fit has no losses to rank'
-            )
+        if self.ranked and self.fit == "local":
+            raise ArgumentError('ranked: expected fit="sampled" with it, since the local fit has no losses to rank')
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -131,7 +129,7 @@ class ProjectionHessian(Statistic):
                 f"{'D' if local else 'D (D + 1) / 2'} for directions of D = {dimensions}, got {samples:,}{left_out}. "
                 "Take more samples."
             )
-        if self.rank_losses:
+        if self.ranked:
             values = _ranks(values[:, 0]).unsqueeze(1)
         hessian = (_from_products if local else _from_losses)(directions, values)
         hessian = (hessian + hessian.T) / 2
