@@ -6,11 +6,9 @@ them, and are the fair ones. The others are eigenvectors of the covariance, even
 between which PCA chooses, and its easiest task, since their variances span orders of magnitude. None is an eigenvector
 of H.
 
-The sampled fit is to the ranks of the losses, as in pca-compress's MNIST experiment: without, a few images with large
-losses decide, and it ranks directions worse than PCA does. The loss is the squared error, and not the divergence of the
-class probabilities, because the network is certain of most images: a few carry nearly all of the mean divergence, so
-that its ranking on 256 images is not even that on others. In trials with the divergence, and as many samples, both fits
-ranked directions worse than PCA does.
+The sampled fit is to the ranks of the losses, as in pca-compress's MNIST experiment, so that a few images with large
+losses do not decide. The loss is the squared error, and not the divergence of the class probabilities, because the
+network is certain of most images: a few carry nearly all of the mean divergence.
 
 PCAFAST_DATA names a folder with cifar10-{train,test}.npz and resnet20-12fca82f.th.
 """
