@@ -94,7 +94,7 @@ def read(path: Path) -> Losses:
 def _table(losses: Mapping[str, Mapping[int, float]]) -> Table:
     """Layers by shares of their largest cheaper rank; the colours are those of a common scale of powers of ten."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer")
+    table.add_column("layer", min_width=max(map(len, losses), default=0))
     table.add_column("largest rank", justify="right")
     for share in SHARES:
         table.add_column(f"{share:.0%}", justify="right")
