@@ -59,7 +59,7 @@ def refit(model: nn.Module, plan: Plan, batches: Batches) -> Plan:
         calls = _calls_in_order(model, actions, batches)
         for name in track(list(calls), "fitting layers front to back"):
             action, layer = actions[name], model.get_submodule(name)
-            if is_factorisable(layer) and PatchCovariance.fits(layer):
+            if is_factorisable(layer) and PatchCovariance().fits(layer):
                 seen = _Seen(layer, name, _metric(model, action, layer))
                 for inputs, outputs in _pairs(model, small, name, calls[name], batches):
                     seen.update(inputs, outputs)

@@ -76,9 +76,9 @@ class ActivationGradient(Statistic):
         """The values that settings with few of them can have."""
         return {**super().choices(), "loss_reduction": ("mean", "sum")}
 
-    def fits(self, layer: nn.Module) -> bool:  # type: ignore[override] # of the side, which the class does not know
+    def fits(self, layer: nn.Module) -> bool:
         """Whether the layer has such a side."""
-        return self.side == "output" or PatchCovariance.fits(layer)
+        return self.side == "output" or PatchCovariance().fits(layer)
 
     @classmethod
     def settings_for(cls, layer: nn.Module) -> dict[str, Any]:

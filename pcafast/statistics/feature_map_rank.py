@@ -40,8 +40,7 @@ class FeatureMapRank(Statistic):
             if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
                 raise ArgumentError(f"{name}: expected a finite number that is not negative, got {tolerance}")
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
+    def fits(self, layer: nn.Module) -> bool:
         """Whether the layer puts out maps of two dimensions."""
         return not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d))
 

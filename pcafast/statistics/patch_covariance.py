@@ -72,8 +72,7 @@ class PatchCovariance(Statistic):
         self.cut = cut
         self._known_members: tuple[Tensor, Tensor] | None = None
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
+    def fits(self, layer: nn.Module) -> bool:
         """Whether the layer multiplies its weight with patches of one or two dimensions."""
         return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
 

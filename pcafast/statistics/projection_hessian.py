@@ -78,8 +78,7 @@ class ProjectionHessian(Statistic):
         """The values that settings with few of them can have."""
         return {**super().choices(), "tap": ("layer",), "fit": get_args(Fit)}
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
+    def fits(self, layer: nn.Module) -> bool:
         """No layer's mere output: refused, since ``collect`` runs no forward passes."""
         raise ArgumentError(
             "statistics: a ProjectionHessian takes forward passes with directions left out, which collect does not "

@@ -79,8 +79,7 @@ class Statistic(ABC):
         """The values that settings with few of them can have."""
         return {"tap": ("layer", "norm", "activation"), "side": ("output", "input"), "nonfinite": ("skip", "raise")}
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
+    def fits(self, layer: nn.Module) -> bool:
         """Whether the output of such a layer has this statistic."""
         return True
 
