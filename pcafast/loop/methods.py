@@ -1,7 +1,6 @@
 """The ways to make a model smaller: what each of them collects, and how it decides."""
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from pcafast.loop.refit import refit
 from pcafast.plan import Budget, Plan, plan_low_rank, plan_pruning
 from pcafast.plan.document import fingerprint
 from pcafast.plan.layers import channels, groups, is_factorisable
-from pcafast.plan.rank_rules import Losses
+from pcafast.plan.rank_rules import Losses, nearest_rank
 from pcafast.plan.removal import Rules
 from pcafast.progress import track
 from pcafast.statistics import (
@@ -54,7 +53,7 @@ class Ratio:
     original: nn.Module
 
     def ranks(self, statistics: Mapping[str, Statistic | Basis]) -> dict[str, int]:
-        """Rounded to nearest, at least 1."""
+        """Of every layer that there are statistics of, by its name."""
         modules = dict(self.original.named_modules())
         ranks = {}
         for name, statistic in statistics.items():
@@ -63,7 +62,7 @@ class Ratio:
                 outputs = channels(layer, "output")
                 # Of patches, no more directions than outputs ever count.
                 full = outputs if statistic.side == "output" else min(outputs, channels(layer, "input"))
-                ranks[name] = max(1, math.floor(self.share * full / groups(layer) + 0.5))
+                ranks[name] = nearest_rank(self.share, full // groups(layer))
         return ranks
 
 

@@ -15,8 +15,13 @@ Ranks = list[int | None]
 
 
 def uniform(ratio: float, candidates: Sequence[Candidate]) -> Ranks:
-    """A share of every layer's channels, rounded to nearest, at least one."""
-    return [max(1, math.floor(ratio * candidate.layer.channels + 0.5)) for candidate in candidates]
+    """A share of every layer's channels."""
+    return [nearest_rank(ratio, candidate.layer.channels) for candidate in candidates]
+
+
+def nearest_rank(ratio: float, full: int) -> int:
+    """A share of the full rank, rounded to nearest, at least one."""
+    return max(1, math.floor(ratio * full + 0.5))
 
 
 def by_energy(energy: float, candidates: Sequence[Candidate]) -> Ranks:
