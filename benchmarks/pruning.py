@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import pcafast
 from pcafast.data import loader, open_dataset
 from pcafast.loop import Trainer, calibrate, evaluate, measure
-from pcafast.loop.methods import CRITERIA, Criterion
+from pcafast.loop.pruning import CRITERIA, Criterion
 from pcafast.models import build
 from pcafast.progress import track
 

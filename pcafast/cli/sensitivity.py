@@ -18,7 +18,7 @@ from pcafast.data import open_dataset
 from pcafast.errors import ArgumentError, FileError
 from pcafast.files import write_atomically
 from pcafast.loop import rank_losses
-from pcafast.loop.methods import DIRECTIONS
+from pcafast.loop.factorisation import DIRECTIONS
 from pcafast.loop.sensitivity import SHARES
 
 FORMAT, VERSION = "pcafast rank losses", 1

@@ -14,8 +14,11 @@ from pcafast.loop import checkpoint
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint
 from pcafast.loop.environment import environment
+from pcafast.loop.factorisation import Directions
 from pcafast.loop.folder import claim, read_report
-from pcafast.loop.methods import Criterion, Directions, Ratio, Target, find_method
+from pcafast.loop.method import Ratio, Target
+from pcafast.loop.methods import find_method
+from pcafast.loop.pruning import Criterion
 from pcafast.loop.reporting import build_report
 from pcafast.loop.run import Run
 from pcafast.loop.seeding import random_states_kept, seed_stage

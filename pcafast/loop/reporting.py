@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pcafast.loop.checkpoint import Progress
 from pcafast.loop.environment import environment
 from pcafast.loop.measure import measure
-from pcafast.loop.methods import Method
+from pcafast.loop.method import Method
 from pcafast.loop.run import Run
 from pcafast.plan import Plan, Prune
 from pcafast.plan.layers import channels, is_factorisable

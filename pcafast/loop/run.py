@@ -11,7 +11,7 @@ from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import Checkpoint, Progress, state_of
 from pcafast.loop.evaluate import Evaluation, evaluate
-from pcafast.loop.methods import Decision, Ratio, Target
+from pcafast.loop.method import Decision, Ratio, Target
 from pcafast.loop.stages import COMPRESSED, REESTIMATED, RETRAINED, Stage
 from pcafast.loop.task import Task
 from pcafast.loop.train import Trainer

@@ -12,7 +12,7 @@ from pcafast.errors import ArgumentError
 from pcafast.loop.batches import Batch
 from pcafast.loop.checkpoint import fingerprint, state_of
 from pcafast.loop.evaluate import Evaluation
-from pcafast.loop.methods import Method, Target
+from pcafast.loop.method import Method, Target
 from pcafast.loop.train import Trainer, check_settings
 
 Train = Callable[[nn.Module, int], object]
