@@ -29,7 +29,7 @@ from pcafast.bases import principal_components
 from pcafast.collect.projection import Site, projected
 from pcafast.data import loader, open_dataset
 from pcafast.loop import calibrate, projection_hessians
-from pcafast.loop.hessians import mean_squared_error
+from pcafast.loop.projection_losses import mean_squared_error
 from pcafast.models import build
 from pcafast.progress import track
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,28 +18,13 @@ from pcafast.collect.layers import LayerChoice, choose_layers
 from pcafast.collect.projection import Site, perturbed, projected
 from pcafast.errors import ArgumentError, PcafastWarning
 from pcafast.loop.batches import Batches, model_inputs
+from pcafast.loop.projection_losses import LOSSES, Loss, example_losses
 from pcafast.memory import require_memory
 from pcafast.modes import evaluating
 from pcafast.progress import track
 from pcafast.statistics import ProjectionHessian
 from pcafast.statistics.projection_hessian import Fit
 from pcafast.statistics.statistic import Side
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def mean_squared_error(original: Tensor, outputs: Tensor) -> Tensor:
-    """(N,): the mean over all other dimensions."""
-    return (original - outputs).square().flatten(1).mean(1)
-
-
-def symmetric_kl(original: Tensor, outputs: Tensor) -> Tensor:
-    """(N,): KL(p, q) + KL(q, p) of the softmax over dimension 1, the mean over positions, if there are any."""
-    log_p, log_q = original.log_softmax(1), outputs.log_softmax(1)
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).view(len(outputs), -1).mean(1)
-
-
-LOSSES: dict[str, Loss] = {"mse": mean_squared_error, "kl": symmetric_kl}
 
 
 def projection_hessians(
@@ -161,7 +146,7 @@ def _take_losses(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Sequenc
         directions = task.directions(len(inputs))
         with projected(task.site, directions, task.mean):
             outputs = _outputs(model, inputs)
-        taken += task.take(directions, _losses(measure, original, outputs))
+        taken += task.take(directions, example_losses(measure, original, outputs))
     return taken
 
 
@@ -171,7 +156,7 @@ def _take_products(model: nn.Module, inputs: Tensor, measure: Loss, tasks: Seque
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
         opened = [hooks.enter_context(perturbed(task.site, task.directions(len(inputs)), task.mean)) for task in tasks]
         outputs = _outputs(model, inputs)
-        losses = _losses(measure, outputs.detach(), outputs)
+        losses = example_losses(measure, outputs.detach(), outputs)
         if not losses.requires_grad:
             raise ArgumentError('loss: expected one with a derivative by the outputs for fit="local", got one without')
         found = [made for (made,) in opened]
@@ -262,17 +247,6 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
             f"model: expected a tensor with a row for each of {len(inputs)} examples as output, got {found}"
         )
     return outputs
-
-
-def _losses(measure: Loss, original: Tensor, outputs: Tensor) -> Tensor:
-    losses = measure(original, outputs)
-    if not isinstance(losses, Tensor) or losses.shape != (len(outputs),):
-        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ArgumentError(
-            f"loss: expected a loss for each example, a tensor of shape (N,) = ({len(outputs)},), got {found}. Average "
-            "over all dimensions but the first."
-        )
-    return losses
 
 
 def _warn_of_dropout(model: nn.Module) -> None:
