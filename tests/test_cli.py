@@ -300,6 +300,15 @@ def test_sensitivity_is_measured_and_chooses_the_ranks_of_compress(pcafast_comma
     actions = json.loads(Path("small/plan.json").read_text())["actions"]
     assert actions
     assert all(action["rank"] >= min(map(int, losses[action["layer"]])) for action in actions)
+    for other, message in ((("--method", "fisher"), "another method (pca, not fisher)"), (("--seed", 1), "model")):
+        left_out = 3 if other[0] == "--seed" else 0  # with random weights
+        options = (common[0], *common[left_out:]) if left_out else common
+        code, _, err = pcafast_command(
+            "compress", *options, *other, "--budget", "macs=0.5", "--losses", "losses.json", "--out", "other"
+        )
+        assert code == 2
+        assert "losses.json was measured with another" in err
+        assert message in err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "pcafast rank losses", "version": 2, "losses": {}}'])

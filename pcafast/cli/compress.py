@@ -123,7 +123,7 @@ def command(
             round_to=round_to,
             compensate_means=compensate_means,
             refit=refit,
-            losses=None if losses is None else sensitivity.read(losses),
+            losses=None if losses is None else sensitivity.read(losses, method.value, network),
             steps=steps,
             retrain_epochs=retrain_epochs,
             reestimate_batch_norm=reestimate,

@@ -10,14 +10,16 @@ import torch
 import typer
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from pcafast.cli import options
 from pcafast.cli.tables import console
 from pcafast.collect.layers import choose_layers
 from pcafast.data import open_dataset
-from pcafast.errors import ArgumentError, FileError
+from pcafast.errors import ArgumentError, FileError, PcafastError
 from pcafast.files import write_atomically
 from pcafast.loop import rank_losses
+from pcafast.loop.checkpoint import fingerprint, state_of
 from pcafast.loop.factorisation import DIRECTIONS
 from pcafast.loop.sensitivity import SHARES
 
@@ -57,38 +59,50 @@ def command(
     chosen = None if layers is None else set(choose_layers(network, layers))
     found = DIRECTIONS[method].bases(network, batches, None if chosen is None else lambda name, _: name in chosen)
     losses = rank_losses(network, found, batches)
-    write(out, losses)
+    write(out, losses, method, network)
     console.print(_table(losses))
     console.print(f"nats per image over {min(images, len(dataset))} training images; written to {out}")
 
 
-def write(path: Path, losses: Losses) -> None:
-    """Write measured losses.
+def write(path: Path, losses: Losses, method: str, model: nn.Module) -> None:
+    """Write measured losses, and of which model and directions they are.
 
     Raises:
         FileError: the file cannot be written.
     """
-    text = json.dumps({"format": FORMAT, "version": VERSION, "losses": losses}, indent=2) + "\n"
+    head = {"format": FORMAT, "version": VERSION, **_origin(method, model)}
+    text = json.dumps({**head, "losses": losses}, indent=2) + "\n"
     write_atomically({path: lambda file: file.write_text(text)})
 
 
-def read(path: Path) -> Losses:
-    """What ``write`` wrote.
+def read(path: Path, method: str, model: nn.Module) -> Losses:
+    """What ``write`` wrote for this model and method.
 
     Raises:
         FileError: it is absent, damaged or of another format.
+        ArgumentError: it is of another model or method.
     """
     try:
         found = json.loads(path.read_text())
         if (found["format"], found["version"]) != (FORMAT, VERSION):
             raise FileError(f"{path} is not a file of rank losses of version {VERSION}: measure them anew.")
+        for what, wanted in _origin(method, model).items():
+            if found[what] != wanted:
+                raise ArgumentError(
+                    f"--losses: {path} was measured with another {what.split('_')[0]} ({found[what]}, not {wanted}). "
+                    "Run pcafast sensitivity with the model, the weights and the method of this command."
+                )
         return {layer: {int(rank): float(loss) for rank, loss in of.items()} for layer, of in found["losses"].items()}
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
+    except PcafastError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{path} is not a file that pcafast sensitivity wrote, or it is damaged ({error}).") from error
+
+
+def _origin(method: str, model: nn.Module) -> dict[str, str]:
+    return {"method": method, "model_sha256": fingerprint(state_of(model))}
 
 
 def _table(losses: Mapping[str, Mapping[int, float]]) -> Table:
