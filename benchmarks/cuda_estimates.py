@@ -1,118 +1,187 @@
-"""What the CUDA kernels must do at least, counted from their source, over what an H200 can do by its datasheet.
+"""How near every CUDA kernel can come to an H200's limits, without one: by what it must do, and by its machine code.
 
-Estimates, not measurements: they stand where no GPU has been at hand, and say which unit a kernel waits for.
-Instructions are those of one warp; a multiprocessor is taken to be busy all the time.
+The least time of an operator is that of the bytes it must move or of the operations it must do, whichever is longer, at
+the rates of the datasheet. Its estimated time is the least that its kernels can take: that of the bytes they move, or
+of the unit that the instructions of their loops keep busy longest while whole waves of blocks run, whichever is longer.
+Latencies and launches are not counted, so that what is measured will be more.
 
     python benchmarks/cuda_estimates.py
 """
 
+import itertools
+import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import covariance_case
+import h200
+import launches  # with which the folder of the tests can be imported from
+import patch_covariance_case
 import results
+from cases import DTYPES, LAYOUTS
+from cuda_compiler import SOURCES, compile_for
+from gpu_covariance import IMAGES
+from gpu_timings import MAPS, SHAPES
+from kernel_loops import Code, Counts, chunk_counts, pair_chunks, rank_large, rank_small, times
+from launches import Launch, Launches
+from machine_code import disassembled, number
+from networks import INPUTS, OUTPUTS
 
-# NVIDIA H200 datasheet; instructions of a warp per clock and multiprocessor from the CUDA programming guide,
-# "Arithmetic Instructions", compute capability 9.0.
-BYTES_PER_SECOND = 4.8e12
-MULTIPROCESSORS = 132
-CLOCKS_PER_SECOND = 1.98e9
-PER_CLOCK = {"float64": 2.0, "shuffle": 1.0, "shared": 1.0}
+from pcafast.progress import track
 
-# Operations per second, dense: of tensor cores, which csrc/cuda/pair_single.h has multiply float32 in three products of
-# TF32, and of what torch takes for float32.
-TENSOR = {"bfloat16": 989e12, "float32": 494e12 / 3}
-PLAIN = {"bfloat16": 989e12, "float32": 67e12}
-
-REFLECTION = 16  # float64 instructions of a square root, a reciprocal and what goes with them, by the machine code
-DIVISION = 9
-Counts = dict[str, float]
+Row = dict[str, Any]
+ARCHITECTURE = 90
+SIZE = {"float32": 4, "bfloat16": 2}
 
 
-def small_map(size: int) -> Counts:
-    """Instructions for one map of rank_small.h, whose team is a part of a warp."""
-    row_lanes, column_lanes, rows, columns = next(
-        team for side, team in {8: (2, 2, 4, 4), 16: (4, 4, 4, 4), 32: (4, 8, 8, 4)}.items() if size <= side
-    )
-    lanes = row_lanes * column_lanes
-    float64 = shuffles = 0.0
-    for k in range(size):
-        live_rows, live_columns = rows - k // row_lanes, columns - k // row_lanes * row_lanes // column_lanes
-        butterflies = live_columns * (row_lanes.bit_length() - 1) + live_rows * (column_lanes.bit_length() - 1)
-        float64 += 4 * live_rows * live_columns + butterflies + 3 * (live_rows + live_columns) + 2 * REFLECTION
-        shuffles += 2 * (butterflies + live_rows + live_columns + 4)
-    rounds = {4: 9, 16: 5, 32: 4}[lanes]
-    float64 += rounds * size * 4
-    counting = 2 * size * (DIVISION + 3) * lanes / 128 * (128 // lanes + 31) // 32  # a thread per map of the block
-    teams = 32 / lanes
-    return {"float64": float64 / teams + counting, "shuffle": shuffles / teams, "shared": 0.0}
+def estimates() -> dict[str, Any]:
+    """Of all inputs that gpu.py times."""
+    kernels = Kernels()
+    rows = [
+        *(kernels.covariance(*one) for one in itertools.product(layers(OUTPUTS), DTYPES, LAYOUTS)),
+        *(kernels.patch_covariance(*one) for one in itertools.product(layers(INPUTS), DTYPES, LAYOUTS)),
+        *(kernels.streaming("taylor", 2, *one) for one in itertools.product(SHAPES, DTYPES, LAYOUTS)),
+        *(kernels.streaming("moments", 1, *one) for one in itertools.product(SHAPES, DTYPES, LAYOUTS)),
+        *(kernels.rank(side, count) for side, (count, _) in MAPS.items()),
+    ]
+    used = {one["kernel"] for one in rows}
+    return {"rows": rows, "kernels": {kernel: kernels.describe(kernel) for kernel in sorted(used)}}
 
 
-def large_map(size: int) -> Counts:
-    """Instructions for one map of rank_large.h, by the eight warps of its block."""
-    warps, chunks = 8, -(-size // 32)
-    float64 = shuffles = shared = 0.0
-    for k in range(size - 1):
-        live, columns = chunks - k // 32, size - k - 1
-        float64 += columns * (4 * live + 5) + warps * (14 * live + 10 + 2 * REFLECTION)
-        shuffles += columns * 12 + warps * 28
-        shared += columns * 4 * live + warps * 22 * live  # 8 bytes a lane take two turns
-    return {"float64": float64 + 4 * size * 4 + 2 * size * DIVISION, "shuffle": shuffles, "shared": shared}
+def layers(networks: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
+    """The inputs of gpu_covariance.py; for patches with the stride last."""
+    return [(network, (IMAGES[network], *shape)) for network, shapes in networks.items() for shape in shapes]
 
 
-def rank_row(size: int) -> dict[str, Any]:
-    """Time for one map with all multiprocessors at work, and the unit that it is for."""
-    counts = small_map(size) if size <= 32 else large_map(size)
-    fits = size <= 32 or 8 * (size * size + 16 * size + 6 * size) <= 227 << 10
-    if not fits:  # the matrix comes from the second-level cache: about a quarter of the bandwidth of shared memory
-        counts["shared"] *= 4
-    clocks = {unit: count / PER_CLOCK[unit] for unit, count in counts.items()}
-    unit = max(clocks, key=lambda one: clocks[one])
-    seconds = clocks[unit] / CLOCKS_PER_SECOND / MULTIPROCESSORS
-    memory = 4 * size * size / BYTES_PER_SECOND
-    return {"counts": counts, "waits_for": unit, "seconds": max(seconds, memory), "seconds_to_read": memory}
+class Kernels:
+    """What the compiler makes of them, and what an H200 would take at least for what an operator launches."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, Code] = {}
+        self.resources: dict[str, Any] = {}
+        self.launched: dict[str, Launch] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for source in track(SOURCES, "compiling"):
+                compiled = compile_for(source, ARCHITECTURE, Path(folder))
+                self.codes |= disassembled(compiled.cubin)
+                self.resources |= {one.kernel: one for one in compiled.kernels}
+
+    def covariance(self, layer: tuple[str, tuple[int, ...]], dtype: str, layout: str) -> Row:
+        """The outputs of a convolution."""
+        network, shape = layer
+        launched = launches.covariance(shape, dtype, layout)
+        state = 8 * (shape[1] ** 2 + shape[1])
+        chunks = pair_chunks(shape[1], [(samples(shape), True)], main_launch(launched))
+        inputs = {"operator": "covariance", "network": network, "shape": shape, "dtype": dtype, "layout": layout}
+        return self.pairs(inputs, launched, state, covariance_case.multiply_adds(shape), chunks)
+
+    def patch_covariance(self, layer: tuple[str, tuple[int, ...]], dtype: str, layout: str) -> Row:
+        """The inputs of a 3x3 convolution."""
+        network, (*sizes, stride) = layer
+        shape = tuple(sizes)
+        launched = launches.patch_covariance(shape, dtype, layout, stride)
+        x = launches.maps(shape, dtype, layout)
+        of = patch_covariance_case.layout_of(x, stride)
+        state = sum(part.nbytes for part in patch_covariance_case.empty_state(of, shape[1], "meta").values())
+        lattices = [
+            (shape[0] * rows * columns, down == right == 0)
+            for _, _, rows, columns, down, right in of.rectangles.tolist()
+        ]
+        chunks = pair_chunks(shape[1] * len(of.taps), lattices, main_launch(launched))
+        inputs = {"operator": "patch_covariance", "network": network, "shape": shape, "stride": stride}
+        work = patch_covariance_case.multiply_adds(x, stride)
+        return self.pairs({**inputs, "dtype": dtype, "layout": layout}, launched, state, work, chunks)
+
+    def pairs(self, inputs: Row, launched: Launches, state: int, multiply_adds: float, chunks: float) -> Row:
+        """Both covariances: a warp's work for a chunk of samples, so many times."""
+        kernel = main_launch(launched).kernel
+        batch, flops = math.prod(inputs["shape"]) * SIZE[inputs["dtype"]], h200.TENSOR_FLOPS[inputs["dtype"]]
+        counts = times(chunk_counts(self.codes[kernel], kernel), chunks)
+        least = {"memory": (batch + 2 * state) / h200.BYTES_PER_SECOND, "products": 2 * multiply_adds / flops}
+        return self.row(inputs, launched, least, batch + 2 * state + 2 * launched.workspace_bytes, counts)
+
+    def streaming(self, operator: str, operands: int, shape: tuple[int, ...], dtype: str, layout: str) -> Row:
+        """One read of each operand, in the loop with the widest loads."""
+        launched = getattr(launches, operator)(shape, dtype, layout)
+        code, moved = self.codes[main_launch(launched).kernel], operands * math.prod(shape) * SIZE[dtype]
+        widest = max((one for one in code.counts() if one.startswith("LDG")), key=h200.access_bytes)
+        loop = code.counts(code.innermost(widest))
+        loaded = sum(32 * h200.access_bytes(opcode) * count for opcode, count in loop.items() if "LDG" in opcode)
+        inputs = {"operator": operator, "shape": shape, "dtype": dtype, "layout": layout}
+        least = {"memory": moved / h200.BYTES_PER_SECOND}
+        return self.row(inputs, launched, least, moved + 2 * launched.workspace_bytes, times(loop, moved / loaded))
+
+    def rank(self, side: int, count: int) -> Row:
+        """The operations are those of bringing a map to bidiagonal form, in float64."""
+        launched = launches.rank(side, count)
+        launch = main_launch(launched)
+        code, moved = self.codes[launch.kernel], 4 * side * side * count
+        counts = times((rank_small if side <= 32 else rank_large)(code, launch.kernel, side), count)
+        least = {
+            "memory": moved / h200.BYTES_PER_SECOND,
+            "float64": 8 / 3 * side**3 * count / h200.PLAIN_FLOPS["float64"],
+        }
+        inputs = {"operator": "rank", "shape": (1, count, side, side), "dtype": "float32"}
+        return self.row(inputs, launched, least, moved, counts)
+
+    def row(self, inputs: Row, launched: Launches, least: dict[str, float], moved: float, counts: Counts) -> Row:
+        """`counts` are all instructions of the main kernel's loops, of all warps together."""
+        launch = main_launch(launched)
+        self.launched[launch.kernel] = launch
+        wave = h200.MULTIPROCESSORS * self.resident(launch)
+        idle = math.ceil(launch.blocks / wave) * wave / launch.blocks
+        if "false>" in launch.kernel and "rank_large" in launch.kernel:
+            idle = 1  # its blocks take one map after another
+        at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND / idle
+        seconds = {unit: busy / at_once for unit, busy in h200.clocks(counts).items()}
+        seconds["memory"] = moved / h200.BYTES_PER_SECOND
+        bound, waits_for = (max(some, key=some.__getitem__) for some in (least, seconds))
+        return {
+            **inputs,
+            "kernel": launch.kernel,
+            "launches": len(launched.launches),
+            "blocks": launch.blocks,
+            "workspace_bytes": launched.workspace_bytes,
+            "bound": bound,
+            "least_seconds": least[bound],
+            "waits_for": waits_for,
+            "seconds": seconds[waits_for],
+            "share": least[bound] / seconds[waits_for],
+        }
+
+    def resident(self, launch: Launch) -> int:
+        """Blocks of this launch that a multiprocessor holds at once."""
+        resources = self.resources[launch.kernel]
+        return h200.resident_blocks(launch.threads, resources.registers, resources.shared + launch.shared_bytes)
+
+    def describe(self, kernel: str) -> Row:
+        """What the compiler and the machine code say of a kernel."""
+        launch, counts = self.launched[kernel], self.codes[kernel].counts()
+        blocks = self.resident(launch)
+        return {
+            **{key: value for key, value in asdict(self.resources[kernel]).items() if key not in ("kernel", "stack")},
+            "threads": launch.threads,
+            "dynamic_shared": launch.shared_bytes,
+            "blocks_per_multiprocessor": blocks,
+            "occupancy": blocks * launch.threads / 2048,
+            "instructions": sum(counts.values()),
+            "loads": {one: count for one, count in counts.items() if one.startswith(("LDG", "LDSM"))},
+            "matrix": {one: count for one, count in counts.items() if one.startswith("HMMA")},
+            "local": number(counts, "LDL", "STL"),
+        }
 
 
-def channel_rows(shape: tuple[int, ...], element_bytes: int) -> dict[str, float]:
-    """Seconds for the one read of Taylor and of the moments, and for what torch's expression reads and writes."""
-    n, c, h, w = shape
-    operand = n * c * h * w * element_bytes / BYTES_PER_SECOND
-    return {"taylor": 2 * operand, "expression": 4 * operand, "moments": operand}
+def main_launch(launched: Launches) -> Launch:
+    """That of the kernel which reads the batch."""
+    names = ("multiply_pairs", "sum_rows", "sum_columns", "rank")
+    return next(one for one in launched.launches if one.kernel.startswith(names))
 
 
-def pair_row(shape: tuple[int, ...], dtype: str, element_bytes: int) -> dict[str, float]:
-    """Seconds for one read, for the tiles of a covariance or 3 x 3 patch covariance, and for torch's product.
-
-    Border strips are not counted. Tensor cores reach their full speed by instructions of Hopper's own alone; what the
-    kernels use is good for about 60 % of it.
-    """
-    n, c, h, w = shape
-    samples, tile = n * h * w, 128 if dtype == "bfloat16" and c > 64 else 64
-    tiles = -(-c // tile)
-    pair = 2 * tile * tile * samples / TENSOR[dtype]
-    of_covariance = tiles * (tiles + 1) // 2
-    return {
-        "read": samples * c * element_bytes / BYTES_PER_SECOND,
-        "covariance": of_covariance * pair,
-        "patch_covariance": (of_covariance + 12 * tiles * tiles) * pair,
-        "product": 2 * c * c * samples / PLAIN[dtype],
-    }
+def samples(shape: tuple[int, ...]) -> int:
+    return shape[0] * math.prod(shape[2:])
 
 
 if __name__ == "__main__":
-    shapes = [(256, 64, 112, 112), (256, 512, 28, 28), (256, 2048, 7, 7)]
-    of_pairs = [(256, 64, 56, 56), (256, 128, 28, 28), (256, 256, 14, 14), (256, 512, 7, 7)]
-    results.write(
-        "cuda_estimates",
-        {
-            "rank": {str(size): rank_row(size) for size in (8, 16, 32, 56, 112, 224)},
-            "channels": [
-                {"shape": shape, "dtype": dtype, **channel_rows(shape, size)}
-                for shape in shapes
-                for dtype, size in (("float32", 4), ("bfloat16", 2))
-            ],
-            "pairs": [
-                {"shape": shape, "dtype": dtype, **pair_row(shape, dtype, size)}
-                for shape in of_pairs
-                for dtype, size in (("float32", 4), ("bfloat16", 2))
-            ],
-        },
-    )
+    results.write("cuda_estimates", estimates())

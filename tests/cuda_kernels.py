@@ -1,10 +1,12 @@
 """The CUDA kernels for tests: their source on the CPU through tests/cuda_on_cpu, or compiled for the GPU there is."""
 
 import ctypes
+import functools
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,30 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
-class Kernels:
-    """A library of kernels for one device."""
+@functools.cache
+def demangled(symbol: str) -> str:
+    """The kernel and its template arguments, without return type, parameters and the namespace they share."""
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|pcafast::cuda::", "", name)
+    return re.sub(r"^void ", "", re.sub(r"\([^()]*\)$", "", name))
 
-    def __init__(self, library: Path, entry: str, sources: list[Path], device: str = "cpu") -> None:
+
+class Kernels:
+    """A library of kernels for one device.
+
+    The options are those of g++; without, the library is soon there, but slow, and not watched by the sanitizer.
+    """
+
+    CHECKED = ("-O1", "-fsanitize=undefined")
+
+    def __init__(
+        self, library: Path, entry: str, sources: list[Path], device: str = "cpu", options: Sequence[str] = CHECKED
+    ) -> None:
         self.device = device
         if device == "cpu":
             # "#pragma unroll" is nvcc's own.
-            compiler = ["g++", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-gnu-unique", "-fPIC"]
-            compiler += ["-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-x", "c++"]
+            compiler = ["g++", *options, "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-gnu-unique", "-fPIC"]
+            compiler += ["-U_FORTIFY_SOURCE", "-x", "c++"]
         else:
             compiler = [str(nvcc()), "-arch=native", "-Xcompiler", "-fPIC", "-x", "cu"]
         command = [*compiler, "-std=c++17", "-shared", f"-I{ROOT / 'csrc'}", f"-I{HOST}", "-o", str(library)]
@@ -113,21 +130,6 @@ def defined_behaviour(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Misaligned vectors, an index beyond a shared array, overflow: the sanitizer prints them to stderr."""
     yield
     assert "runtime error" not in (errors := capfd.readouterr().err), errors
-
-
-class ChannelView(ctypes.Structure):
-    DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * 3),
-        ("strides", ctypes.c_int64 * 3),
-    )
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> "ChannelView":
-        sizes, strides = (ctypes.c_int64 * 3)(*x.shape), (ctypes.c_int64 * 3)(*x.stride())
-        return cls(x.data_ptr(), cls.DTYPES.index(x.dtype), sizes, strides)
 
 
 def lay_out(

@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_kernels import ROOT, ChannelView, Kernels, defined_behaviour, lay_out  # noqa: F401
+from cuda_kernels import ROOT, Kernels, defined_behaviour, lay_out  # noqa: F401
+from kernel_arguments import (
+    ChannelView,
+    CovarianceArgs,
+    MapView,
+    MomentsArgs,
+    PatchCovarianceArgs,
+    RankArgs,
+    TaylorArgs,
+)
 from states import covariance_state, moments_state, patch_state, taylor_state
-from test_cuda_covariance import CovarianceArgs
-from test_cuda_moments import MomentsArgs
-from test_cuda_patch_covariance import MapView, PatchCovarianceArgs
-from test_cuda_rank import Rank, RankArgs, around_threshold
-from test_cuda_taylor import TaylorArgs
+from test_cuda_rank import Rank, around_threshold
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 

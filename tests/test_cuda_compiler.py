@@ -1,76 +1,26 @@
-"""What nvcc says of the kernels; its report of every kernel is kept as build/cuda_resources.txt."""
+"""What nvcc says of the kernels, and the machine code it makes of them.
+
+The report of every kernel is kept as build/cuda_resources.txt.
+"""
 
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from itertools import product
 from pathlib import Path
 
 import pytest
+from cuda_compiler import SOURCES, Compiled, Resources, compile_for
 from cuda_kernels import ROOT, nvcc
+from machine_code import Code, disassembled, number
 
 from pcafast.files import write_atomically
 
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = [80, 90]
 WITHOUT_KERNELS = {"covariance.cu", "patch_covariance.cu"}  # they plan what pair_products.cu launches
 REPORT = ROOT / "build" / "cuda_resources.txt"
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="there is no CUDA compiler: neither nvcc on PATH nor CUDA_HOME")
-
-
-@dataclass
-class Resources:
-    """Of one kernel on one architecture; numbers but registers in bytes."""
-
-    source: str
-    architecture: str
-    registers: int
-    shared: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    kernel: str
-
-
-def demangled(symbol: str) -> str:
-    """The kernel and its template arguments, without return type, parameters and the namespace they share."""
-    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|pcafast::cuda::", "", name)
-    return re.sub(r"^void ", "", re.sub(r"\([^()]*\)$", "", name))
-
-
-def resources(source: Path, printed: str) -> list[Resources]:
-    """Of every kernel that ptxas describes."""
-    pattern = re.compile(
-        r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>\w+)'\n"
-        r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
-        r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*\n",
-        re.DOTALL,
-    )
-    rows = []
-    for block in printed.split("ptxas info    : Compiling entry")[1:]:
-        found = pattern.match("Compiling entry" + block)
-        assert found, block
-        numbers = [int(found[name] or 0) for name in ("registers", "shared", "stack", "stores", "loads")]
-        rows.append(Resources(source.name, found["architecture"], *numbers, demangled(found["symbol"])))
-    return rows
-
-
-@dataclass
-class Compiled:
-    returncode: int
-    printed: str
-    kernels: list[Resources]
-
-
-def compile_for(source: Path, architecture: int, folder: Path) -> Compiled:
-    target = folder / f"{source.stem}_{architecture}.o"
-    command = [str(nvcc()), "-std=c++17", f"-arch=sm_{architecture}", "-c", "-o", str(target)]
-    command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror", "-Xptxas", "-v", str(source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return Compiled(result.returncode, result.stderr, resources(source, result.stderr))
 
 
 def table(rows: list[Resources]) -> str:
@@ -94,6 +44,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Path, int],
     return results
 
 
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def codes(compiled: dict[tuple[Path, int], Compiled], request: pytest.FixtureRequest) -> dict[str, Code]:
+    """Every kernel's machine code."""
+    found: dict[str, Code] = {}
+    for (_, architecture), result in compiled.items():
+        if architecture == request.param:
+            found |= disassembled(result.cubin)
+    return found
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_no_warning_no_spill_no_stack(
@@ -109,3 +69,40 @@ def test_the_report_has_every_kernel(compiled: dict[tuple[Path, int], Compiled])
     lines = REPORT.read_text().splitlines()
     assert len(lines) == 1 + sum(len(result.kernels) for result in compiled.values())
     assert all(re.match(r"\w+\.cu +sm_\d+( +\d+){5} +\S", line) for line in lines[1:])
+
+
+# What a warp with 32 rows and half a tile of columns does for 32 samples: matrix instructions of 16 x 8 products, over
+# 16 samples of 16 bits or 8 of TF32, of which float32 takes three; four more are for the sums of channels.
+@pytest.mark.parametrize("layout", ["false", "true"])
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize(("dtype", "opcode"), [("BFloat16", "HMMA.16816.F32.BF16"), ("Float16", "HMMA.16816.F32")])
+def test_matrix_instructions_of_halves(
+    codes: dict[str, Code], dtype: str, opcode: str, tile: int, layout: str
+) -> None:
+    code = codes[f"multiply_pairs<Tiling<Half<{dtype}>, {tile}, {layout}>, AsyncStaging, {dtype}, 8>"]
+    inner = code.counts(code.innermost("HMMA"))
+    assert inner[opcode] == number(inner, "HMMA") == 2 * 2 * (tile // 16) + 4
+    assert number(inner, "LDGSTS.E.BYPASS.128") == number(inner, "LDGSTS") == 4
+    assert number(inner, "LDSM") == number(inner, "LDSM.16.M88.4", "LDSM.16.MT88.4") == 4 + tile // 16 + 4
+
+
+@pytest.mark.parametrize("layout", ["false", "true"])
+def test_matrix_instructions_of_float32(codes: dict[str, Code], layout: str) -> None:
+    """Half of the samples at a time."""
+    code = codes[f"multiply_pairs<Tiling<Single, 64, {layout}>, RegisterStaging, float, 4>"]
+    inner = code.innermost("HMMA")
+    assert code.counts(inner)["HMMA.1688.F32.TF32"] == number(code.counts(inner), "HMMA") == 3 * 2 * 4 * 4 / 2
+    assert number(code.counts(code.around(inner)), "LDG.E.128") == 8
+
+
+@pytest.mark.parametrize("op", ["Taylor", "TaylorOfPoints", "Moments"])
+@pytest.mark.parametrize("dtype", ["Float16", "BFloat16", "float", "double"])
+def test_rows_are_read_sixteen_bytes_at_a_time(codes: dict[str, Code], dtype: str, op: str) -> None:
+    """Four loads or more on their way at once, of two operands or one."""
+    code = codes[f"sum_rows<{dtype}, {op}>"]
+    loop = code.counts(code.innermost("LDG.E.128"))
+    assert number(loop, "LDG.E.128") == number(loop, "LDG") >= 4
+
+
+def test_nothing_goes_to_local_memory(codes: dict[str, Code]) -> None:
+    assert [name for name, code in codes.items() if number(code.counts(), "LDL", "STL")] == []

@@ -12,7 +12,6 @@ from cuda_kernels import (  # noqa: F401
     FAR_STRIDES,
     ROOT,
     SCHEDULES,
-    ChannelView,
     Kernels,
     Shape,
     defined_behaviour,
@@ -20,20 +19,11 @@ from cuda_kernels import (  # noqa: F401
     lay_out,
     unneeded_barriers,
 )
+from kernel_arguments import ChannelView, CovarianceArgs
 
 from pcafast.reference import covariance_update_
 
-STATES = ("count", "mean", "comoment", "skipped")
-
-
-class CovarianceArgs(ctypes.Structure):
-    _fields_ = (
-        ("x", ChannelView),
-        ("weight", ctypes.c_void_p),
-        ("groups", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in (*STATES, "workspace")),
-    )
+STATES = CovarianceArgs.STATE
 
 
 @dataclass

@@ -14,7 +14,6 @@ from cuda_kernels import (  # noqa: F401
     SCHEDULES,
     SHAPES,
     SHAPES_OF_MANY_EXAMPLES,
-    ChannelView,
     Kernels,
     Shape,
     defined_behaviour,
@@ -22,12 +21,9 @@ from cuda_kernels import (  # noqa: F401
     lay_out,
     unneeded_barriers,
 )
+from kernel_arguments import ChannelView, MomentsArgs
 
-STATES = ("count", "mean", "centred_squares", "absolute", "zeros", "skipped")
-
-
-class MomentsArgs(ctypes.Structure):
-    _fields_ = (("x", ChannelView), *((name, ctypes.c_void_p) for name in (*STATES, "workspace")))
+STATES = MomentsArgs.STATE
 
 
 @dataclass

@@ -11,50 +11,14 @@ from cuda_kernels import (  # noqa: F401
     DEVICES,
     ROOT,
     SCHEDULES,
-    ChannelView,
     Kernels,
     defined_behaviour,
     unneeded_barriers,
 )
+from kernel_arguments import ChannelView, MapView, PatchCovarianceArgs
 
-STATES = ("patches", "count", "left", "right", "comoment", "skipped")
+STATES = PatchCovarianceArgs.STATE
 Lattice = tuple[int, int, int, int, int, int]  # top, left, rows, columns, down, right
-
-
-class MapView(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * 4),
-        ("strides", ctypes.c_int64 * 4),
-    )
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> "MapView":
-        sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 4)(*x.stride())
-        return cls(x.data_ptr(), ChannelView.DTYPES.index(x.dtype), sizes, strides)
-
-
-class PatchCovarianceArgs(ctypes.Structure):
-    _fields_ = (
-        ("x", MapView),
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("source_rows", ctypes.c_void_p),
-        ("source_columns", ctypes.c_void_p),
-        ("taps", ctypes.c_int64),
-        ("tap_offsets", ctypes.c_void_p),
-        ("row_step", ctypes.c_int64),
-        ("column_step", ctypes.c_int64),
-        ("lattices", ctypes.c_int64),
-        ("pairs", ctypes.c_void_p),
-        ("slots", ctypes.c_int64),
-        ("slot_ends", ctypes.c_void_p),
-        ("slot_lattices", ctypes.c_void_p),
-        ("groups", ctypes.c_int64),
-        ("patches_per_example", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in (*STATES, "workspace")),
-    )
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cuda_kernels import DEVICES, ROOT, SCHEDULES, Kernels, defined_behaviour, unneeded_barriers  # noqa: F401
+from kernel_arguments import ChannelView, MapView, RankArgs
 from test_rank_accuracy import default_rtol, low_rank_maps, maps_with_spectra
 from torch import Tensor
 
@@ -16,20 +17,6 @@ SHAPES = [
     (16, 17), (17, 17), (24, 31), (31, 31), (32, 32), (32, 5), (33, 33), (33, 1), (40, 64), (64, 20), (65, 10),
     (12, 128), (129, 9), (256, 7), (6, 257), (512, 3),
 ]  # fmt: skip
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class RankArgs(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * 4),
-        ("strides", ctypes.c_int64 * 4),
-        ("rtol", ctypes.c_double),
-        ("atol", ctypes.c_double),
-        ("ranks", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-    )
 
 
 @dataclass
@@ -41,9 +28,7 @@ class Rank:
     def __call__(self, x: Tensor, rtol: float | None = None, atol: float = 0.0, schedule: int = 0) -> Tensor:
         x = x.to(self.kernels.device)
         ranks = torch.full(x.shape[:2], -7, device=x.device)
-        sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 4)(*x.stride())
-        relative = default_rtol(x) if rtol is None else rtol
-        args = RankArgs(x.data_ptr(), DTYPES.index(x.dtype), sizes, strides, relative, atol, ranks.data_ptr(), None)
+        args = RankArgs(MapView.of(x), default_rtol(x) if rtol is None else rtol, atol, ranks.data_ptr())
         size = self.kernels.size("rank_workspace", ctypes.byref(args))
         workspace = torch.full((size + 64,), torch.nan, dtype=torch.float64, device=x.device)
         workspace[size:] = 7  # nothing may be written here
@@ -85,7 +70,7 @@ def test_counts_singular_values_around_the_threshold(
     assert torch.equal(rank(maps, rtol), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
 @pytest.mark.parametrize(("height", "width"), [(6, 8), (16, 13), (20, 32), (32, 32), (40, 10)])
 def test_exact_rank_of_integer_maps(
     rank: Rank, height: int, width: int, dtype: torch.dtype, generator: torch.Generator

@@ -14,7 +14,6 @@ from cuda_kernels import (  # noqa: F401
     SCHEDULES,
     SHAPES,
     SHAPES_OF_MANY_EXAMPLES,
-    ChannelView,
     Kernels,
     Shape,
     defined_behaviour,
@@ -22,15 +21,7 @@ from cuda_kernels import (  # noqa: F401
     lay_out,
     unneeded_barriers,
 )
-
-
-class TaylorArgs(ctypes.Structure):
-    _fields_ = (
-        ("activation", ChannelView),
-        ("gradient", ChannelView),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("examples", "positions", "sums", "skipped", "workspace")),
-    )
+from kernel_arguments import ChannelView, TaylorArgs
 
 
 @dataclass

@@ -6,6 +6,7 @@
 // takes a jump to another stack for an error.
 #pragma once
 
+#include <dlfcn.h>
 #include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -34,6 +35,14 @@ namespace device_host {
 
 inline uint64_t schedule = 0;  // 0: lowest thread and block first; 1: highest first; others seed a random choice
 inline size_t max_shared_bytes = 227 << 10;  // that a launch may ask for; a test may pretend a smaller device
+inline int multiprocessors = 2;              // or a larger one
+
+struct Launch {
+  size_t kernel;  // where it is in its library
+  size_t blocks, threads, shared_bytes;
+};
+inline bool recording = false;  // launches are noted here, not run
+inline std::vector<Launch> launches;
 
 constexpr size_t kStackBytes = 1 << 18, kMaxThreads = 1024, kGuardWords = 64;
 constexpr unsigned kWarp = 32;
@@ -209,11 +218,22 @@ inline Segment find_shared() {
   return found;
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+inline size_t offset_in_library(const void* address) {
+  Dl_info library;
+  dladdr(address, &library);
+  return static_cast<const char*>(address) - static_cast<const char*>(library.dli_fbase);
+}
+
+inline void run_grid(const void* address, dim3 grid, dim3 block, size_t shared_bytes,
+                     const std::function<void()>& body) {
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{grid.x} * grid.y * grid.z;
   if (threads < 1 || threads > kMaxThreads || block.z > 64 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 0xffffu ||
       grid.z > 0xffffu || shared_bytes > max_shared_bytes) {
     throw std::runtime_error("CUDA kernel launch failed: invalid configuration");
+  }
+  if (recording) {
+    launches.push_back({offset_in_library(address), blocks, threads, shared_bytes});
+    return;
   }
   kernel = &body;
   gridDim = grid;

@@ -111,12 +111,13 @@ inline float __half2float(__half x) {
 namespace pcafast::cuda {
 
 inline size_t max_shared_bytes() { return device_host::max_shared_bytes; }
-inline int multiprocessors() { return 2; }
+inline int multiprocessors() { return device_host::multiprocessors; }
 
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             std::common_type_t<Parameters>... arguments) {
-  device_host::run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });
+  device_host::run_grid(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                        [&] { kernel(arguments...); });
 }
 
 template <typename T>

@@ -1,0 +1,155 @@
+"""What the CUDA operators would launch on an H200, learnt on a machine that has none.
+
+Their own host code says it: compiled for the CPU as tests/cuda_on_cpu does, but with launches noted in place of being
+run. No element is read, so the tensors have no memory; their address, zero, is as well aligned as one from torch.
+"""
+
+import ctypes
+import functools
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cases import LAYOUTS
+from h200 import MULTIPROCESSORS, SHARED_BYTES
+from torch import Tensor
+
+from pcafast.patches import Patches
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from cuda_kernels import ROOT, Kernels, demangled
+from kernel_arguments import (
+    ChannelView,
+    CovarianceArgs,
+    MapView,
+    MomentsArgs,
+    PatchCovarianceArgs,
+    RankArgs,
+    TaylorArgs,
+)
+
+SOURCES = {
+    "covariance": ("covariance.cu", "pair_products.cu"),
+    "patch_covariance": ("patch_covariance.cu", "pair_products.cu"),
+    "taylor": ("taylor.cu",),
+    "moments": ("moments.cu",),
+    "rank": ("rank.cu",),
+}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: with its template arguments, as in the compiler's report (tests/test_cuda_compiler.py).
+        blocks: of the whole grid.
+        threads: of a block.
+        shared_bytes: of a block, beside what the kernel itself declares.
+    """
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """All launches of one call of an operator, in their order."""
+
+    launches: list[Launch]
+    workspace_bytes: int
+
+
+class Planner(Kernels):
+    """The kernels of one family, which are never run."""
+
+    def __init__(self, family: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "kernels.so"
+            sources = [ROOT / "csrc" / "cuda" / name for name in SOURCES[family]]
+            super().__init__(library, f"{family}_entry.cpp", sources, options=())
+            printed = subprocess.run(["nm", "--defined-only", library], capture_output=True, text=True, check=True)
+        lines = [line.split() for line in printed.stdout.splitlines()]
+        self.symbols = {int(offset, 16): symbol for offset, kind, symbol in lines if kind in "tTW"}
+        self.library.set_multiprocessors(MULTIPROCESSORS)
+        self.library.set_max_shared_bytes(ctypes.c_size_t(SHARED_BYTES))
+        self.library.recorded_launches.restype = ctypes.c_char_p
+        self.library.record_launches(True)
+
+    def plan(self, workspace_size: str, update: str, args: ctypes.Structure) -> Launches:
+        """What the operator, known by two functions of the library, would launch and ask for."""
+        workspace = self.size(workspace_size, ctypes.byref(args)) * torch.float64.itemsize
+        self.call(update, ctypes.byref(args))
+        lines = self.library.recorded_launches().decode().splitlines()
+        rows = [map(int, line.split()) for line in lines]
+        return Launches([Launch(demangled(self.symbols[kernel]), *sizes) for kernel, *sizes in rows], workspace)
+
+
+planner = functools.cache(Planner)
+
+
+def covariance(shape: Shape, dtype: str, layout: str) -> Launches:
+    args = CovarianceArgs(channel_view(shape, dtype, layout), None, 1, 1.0)
+    return planner("covariance").plan("covariance_workspace", "covariance_update", args)
+
+
+def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Launches:
+    """Of a 3x3 kernel with padding 1; where there are few channels, without torch's launches that make the patches."""
+    x = maps(shape, dtype, layout)
+    of = Patches.of(3, stride, 1).layout(x, 1)
+    if len(of.taps) > 1:  # as csrc/ops.cpp does, a tensor of all patches, and the covariance of its pixels
+        rows, columns = of.rectangles[0, 2:4].tolist()
+        x = maps((shape[0], shape[1] * len(of.taps), rows, columns), dtype, "channels first")
+        of = Patches.of(1).layout(x, 1)
+    args = PatchCovarianceArgs(
+        MapView.of(x),
+        *x.shape[2:],
+        None,
+        None,
+        1,
+        None,
+        *of.steps.tolist(),
+        len(of.rectangles),
+        of.rectangles.data_ptr(),
+        len(of.slot_ends),
+        of.slot_ends.data_ptr(),
+        of.slot_rectangles.data_ptr(),
+        1,
+        of.patches,
+    )
+    return planner("patch_covariance").plan("patch_covariance_workspace", "patch_covariance_update", args)
+
+
+def taylor(shape: Shape, dtype: str, layout: str) -> Launches:
+    view = channel_view(shape, dtype, layout)
+    return planner("taylor").plan("taylor_workspace", "taylor_update", TaylorArgs(view, view, 1.0))
+
+
+def moments(shape: Shape, dtype: str, layout: str) -> Launches:
+    args = MomentsArgs(channel_view(shape, dtype, layout))
+    return planner("moments").plan("channel_moments_workspace", "channel_moments_update", args)
+
+
+def rank(side: int, count: int) -> Launches:
+    """Of so many square maps of float32."""
+    args = RankArgs(MapView.of(maps((1, count, side, side), "float32", "channels first")), 0.0, 0.0)
+    return planner("rank").plan("rank_workspace", "rank", args)
+
+
+def maps(shape: Shape, dtype: str, layout: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[layout])
+
+
+def channel_view(shape: Shape, dtype: str, layout: str) -> ChannelView:
+    """As csrc/ops.cpp makes it; one position has the stride 1."""
+    x = maps(shape, dtype, layout)
+    flat = x.flatten(2)
+    position_stride = flat.stride(2) if flat.shape[2] > 1 else 1
+    return ChannelView.of(flat.as_strided(flat.shape, (*x.stride()[:2], position_stride)))
