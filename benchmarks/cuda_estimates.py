@@ -8,6 +8,7 @@ Latencies and launches are not counted, so that what is measured will be more.
     python benchmarks/cuda_estimates.py
 """
 
+import heapq
 import itertools
 import math
 import tempfile
@@ -22,9 +23,10 @@ import patch_covariance_case
 import results
 from cases import DTYPES, LAYOUTS
 from cuda_compiler import SOURCES, compile_for
+from gpu import kernels_digest
 from gpu_covariance import IMAGES
 from gpu_timings import MAPS, SHAPES
-from kernel_loops import Code, Counts, chunk_counts, pair_chunks, rank_large, rank_small, times
+from kernel_loops import Code, Counts, Lattices, block_samples, chunk_counts, pair_chunks, rank_large, rank_small, times
 from launches import Launch, Launches
 from machine_code import disassembled, number
 from networks import INPUTS, OUTPUTS
@@ -47,7 +49,11 @@ def estimates() -> dict[str, Any]:
         *(kernels.rank(side, count) for side, (count, _) in MAPS.items()),
     ]
     used = {one["kernel"] for one in rows}
-    return {"rows": rows, "kernels": {kernel: kernels.describe(kernel) for kernel in sorted(used)}}
+    return {
+        "kernels_digest": kernels_digest(),
+        "rows": rows,
+        "kernels": {kernel: kernels.describe(kernel) for kernel in sorted(used)},
+    }
 
 
 def layers(networks: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
@@ -73,9 +79,9 @@ class Kernels:
         network, shape = layer
         launched = launches.covariance(shape, dtype, layout)
         state = 8 * (shape[1] ** 2 + shape[1])
-        chunks = pair_chunks(shape[1], [(samples(shape), True)], main_launch(launched))
+        lattices = [(samples(shape), True)]
         inputs = {"operator": "covariance", "network": network, "shape": shape, "dtype": dtype, "layout": layout}
-        return self.pairs(inputs, launched, state, covariance_case.multiply_adds(shape), chunks)
+        return self.pairs(inputs, launched, state, covariance_case.multiply_adds(shape), shape[1], lattices)
 
     def patch_covariance(self, layer: tuple[str, tuple[int, ...]], dtype: str, layout: str) -> Row:
         """The inputs of a 3x3 convolution."""
@@ -89,18 +95,22 @@ class Kernels:
             (shape[0] * rows * columns, down == right == 0)
             for _, _, rows, columns, down, right in of.rectangles.tolist()
         ]
-        chunks = pair_chunks(shape[1] * len(of.taps), lattices, main_launch(launched))
         inputs = {"operator": "patch_covariance", "network": network, "shape": shape, "stride": stride}
         work = patch_covariance_case.multiply_adds(x, stride)
-        return self.pairs({**inputs, "dtype": dtype, "layout": layout}, launched, state, work, chunks)
+        entries = shape[1] * len(of.taps)
+        return self.pairs({**inputs, "dtype": dtype, "layout": layout}, launched, state, work, entries, lattices)
 
-    def pairs(self, inputs: Row, launched: Launches, state: int, multiply_adds: float, chunks: float) -> Row:
-        """Both covariances: a warp's work for a chunk of samples, so many times."""
-        kernel = main_launch(launched).kernel
+    def pairs(
+        self, inputs: Row, launched: Launches, state: int, multiply_adds: float, entries: int, lattices: Lattices
+    ) -> Row:
+        """Both covariances: a warp's work for a chunk of samples, as often as there are chunks and warps."""
+        launch = main_launch(launched)
         batch, flops = math.prod(inputs["shape"]) * SIZE[inputs["dtype"]], h200.TENSOR_FLOPS[inputs["dtype"]]
-        counts = times(chunk_counts(self.codes[kernel], kernel), chunks)
+        chunks = pair_chunks(entries, lattices, launch.kernel)
+        counts = times(chunk_counts(self.codes[launch.kernel], launch.kernel), chunks)
         least = {"memory": (batch + 2 * state) / h200.BYTES_PER_SECOND, "products": 2 * multiply_adds / flops}
-        return self.row(inputs, launched, least, batch + 2 * state + 2 * launched.workspace_bytes, counts)
+        blocks = block_samples(entries, lattices, launch)
+        return self.row(inputs, launched, least, batch + 2 * state + 2 * launched.workspace_bytes, counts, blocks)
 
     def streaming(self, operator: str, operands: int, shape: tuple[int, ...], dtype: str, layout: str) -> Row:
         """One read of each operand, in the loop with the widest loads."""
@@ -126,29 +136,41 @@ class Kernels:
         inputs = {"operator": "rank", "shape": (1, count, side, side), "dtype": "float32"}
         return self.row(inputs, launched, least, moved, counts)
 
-    def row(self, inputs: Row, launched: Launches, least: dict[str, float], moved: float, counts: Counts) -> Row:
-        """`counts` are all instructions of the main kernel's loops, of all warps together."""
+    def row(
+        self,
+        inputs: Row,
+        launched: Launches,
+        least: dict[str, float],
+        moved: float,
+        counts: Counts,
+        blocks: list[int] | None = None,
+    ) -> Row:
+        """One input: `counts` are all instructions of the main kernel's loops, of all warps together.
+
+        `blocks` says how much work each block has, if not all have the same.
+        """
         launch = main_launch(launched)
         self.launched[launch.kernel] = launch
-        wave = h200.MULTIPROCESSORS * self.resident(launch)
-        idle = math.ceil(launch.blocks / wave) * wave / launch.blocks
-        if "false>" in launch.kernel and "rank_large" in launch.kernel:
-            idle = 1  # its blocks take one map after another
-        at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND / idle
-        seconds = {unit: busy / at_once for unit, busy in h200.clocks(counts).items()}
+        if "rank_large" in launch.kernel:
+            blocks = [1] * inputs["shape"][1]  # those with a workspace take one map after another
+        busy = busy_share(blocks or [1] * launch.blocks, h200.MULTIPROCESSORS * self.resident(launch))
+        at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND * busy
+        seconds = {unit: clocks / at_once for unit, clocks in h200.clocks(counts).items()}
         seconds["memory"] = moved / h200.BYTES_PER_SECOND
         bound, waits_for = (max(some, key=some.__getitem__) for some in (least, seconds))
+        copying = 2 * math.prod(inputs["shape"]) * SIZE[inputs["dtype"]] / h200.BYTES_PER_SECOND * launched.copied
         return {
             **inputs,
             "kernel": launch.kernel,
-            "launches": len(launched.launches),
+            "launches": len(launched.launches) + launched.copied,
             "blocks": launch.blocks,
             "workspace_bytes": launched.workspace_bytes,
             "bound": bound,
             "least_seconds": least[bound],
             "waits_for": waits_for,
-            "seconds": seconds[waits_for],
-            "share": least[bound] / seconds[waits_for],
+            "busy": busy,
+            "seconds": seconds[waits_for] + copying,
+            "share": least[bound] / (seconds[waits_for] + copying),
         }
 
     def resident(self, launch: Launch) -> int:
@@ -177,6 +199,14 @@ def main_launch(launched: Launches) -> Launch:
     """That of the kernel which reads the batch."""
     names = ("multiply_pairs", "sum_rows", "sum_columns", "rank")
     return next(one for one in launched.launches if one.kernel.startswith(names))
+
+
+def busy_share(blocks: list[int], at_once: int) -> float:
+    """Of the places for blocks, while they run: each takes the next one when it is done."""
+    ends = [0] * min(at_once, len(blocks))
+    for work in blocks:
+        heapq.heapreplace(ends, ends[0] + work)
+    return sum(blocks) / (max(ends) * at_once)
 
 
 def samples(shape: tuple[int, ...]) -> int:

@@ -1,5 +1,7 @@
 """What gpu.py measures, by name. Every section is a function of the device and of whether tiny inputs will do."""
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -78,10 +80,18 @@ def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
     return graph.replay
 
 
-def hrank(device: str, tiny: bool) -> dict[str, Any]:
-    """The procedures of hrank.py, with random weights and images: pcafast's for all places.
+def training(device: str, tiny: bool) -> dict[str, Any]:
+    """A training step of ResNet-50 with and without ``collect``, and hook calls."""
+    import gpu_training
 
-    HRank's is timed for one place of each size of map, and estimated from that for all.
+    return gpu_training.training(device, tiny)
+
+
+def hrank(device: str, tiny: bool) -> dict[str, Any]:
+    """The procedures of hrank.py, with random weights and images: pcafast's for all places and images.
+
+    HRank's, whose time is that of its SVDs one by one, is timed for one place of each size of map on the first batch,
+    and estimated from that for all.
     """
     import hrank as procedure
 
@@ -94,16 +104,24 @@ def hrank(device: str, tiny: bool) -> dict[str, Any]:
         (torch.randn(batch_size, 3, 32, 32, device=device), torch.zeros(batch_size, dtype=torch.int64, device=device))
         for _ in range(images // batch_size)
     ]
-    chosen = [f"layer{stage}.1.conv1" for stage in (1, 2, 3)]
-    found = procedure.procedures(model, batches, chosen)
-    alike = {layer: sum(place.startswith(layer[:6]) for place in procedure.places(model)) for layer in chosen}
+    places, chosen = procedure.places(model), [f"layer{stage}.1.conv1" for stage in (1, 2, 3)]
+    for layer in chosen:  # the first SVD of a size takes longer
+        procedure.hrank(model, [(one[:1], labels[:1]) for one, labels in batches[:1]], places[layer])
+    found = procedure.procedures(model, batches[:1], chosen)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        procedure.one_pass(model, batches)
+        seconds.append(time.perf_counter() - begin)
+    alike = {layer: sum(place.startswith(layer[:6]) for place in places) for layer in chosen}
     alike[chosen[0]] += 1  # the first convolution's
-    found["estimated_hrank_seconds"] = sum(found["hrank_seconds_by_place"][layer] * alike[layer] for layer in chosen)
-    found["estimated_speedup"] = found["estimated_hrank_seconds"] / found["pcafast_seconds"]
-    return found
+    by_place = found["hrank_seconds_by_place"]
+    estimate = len(batches) * sum(by_place[layer] * alike[layer] for layer in chosen)
+    all_images = {"images": images, "estimated_hrank_seconds": estimate, "pcafast_seconds": statistics.median(seconds)}
+    return {"first_batch": found, **all_images, "estimated_speedup": estimate / all_images["pcafast_seconds"]}
 
 
 SECTIONS: dict[str, Callable[[str, bool], Any]] = {
     section.__name__: section
-    for section in (kernels, roofline, graphs, covariance, patch_covariance, rank, taylor, moments, hrank)
+    for section in (kernels, roofline, graphs, covariance, patch_covariance, rank, taylor, moments, training, hrank)
 }

@@ -19,13 +19,13 @@ Rows = list[dict[str, Any]]
 SHAPES = [(1, 2048, 7, 7), (256, 2048, 7, 7), (256, 512, 28, 28), (64, 256, 56, 56), (256, 64, 112, 112)]
 MAPS = {8: (2**17, 2**17), 16: (2**17, 2**17), 32: (2**16, 2**16), 56: (2**14, 256), 112: (2**12, 64), 224: (2**10, 32)}
 """By side: maps for pcafast, enough to fill the device, and for torch, which above 32x32 goes through them in turn."""
-STEPS = 256
+STEPS = 512
 
 
 def roofline(device: str, tiny: bool) -> dict[str, float]:
     """Copying, in bytes read and written per second; matrix products; float64 multiply-adds in registers."""
-    size = 2**10 if tiny else 2**24
-    x, y = (torch.rand(size, dtype=torch.float64, device=device) / 2 for _ in range(2))
+    side = 32 if tiny else 4096
+    x, y = (torch.rand(shape, dtype=torch.float64, device=device) / 2 for shape in ((side, 1), (side,)))
     chain = torch.compile(multiply_adds, fullgraph=True)
     torch.testing.assert_close(chain(x, y), multiply_adds(x, y))
     return {
@@ -34,11 +34,12 @@ def roofline(device: str, tiny: bool) -> dict[str, float]:
         "float32_matmul_flops": matmul_flops(torch.float32, device, tiny),
         "tf32_matmul_flops": matmul_flops(torch.float32, device, tiny, tf32=True),
         "float64_matmul_flops": matmul_flops(torch.float64, device, tiny),
-        "float64_multiply_add_flops": 2e3 * STEPS * size / milliseconds(lambda: chain(x, y), device),
+        "float64_multiply_add_flops": 2e3 * STEPS * side**2 / milliseconds(lambda: chain(x, y), device),
     }
 
 
 def multiply_adds(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of all pairs of an element of x and one of y, so that next to nothing is read and the least is written."""
     for _ in range(STEPS):
         x = x * y + y
     return x
@@ -51,8 +52,8 @@ def copy_bandwidth(device: str, tiny: bool) -> float:
 
 
 def matmul_flops(dtype: torch.dtype, device: str, tiny: bool, *, tf32: bool = False) -> float:
-    """Of a square product; float32 is rounded to TF32 only if asked for."""
-    side = 64 if tiny else 4096
+    """Of a square product that takes a millisecond or more; float32 is rounded to TF32 only if asked for."""
+    side = 64 if tiny else 8192 if dtype == torch.bfloat16 or tf32 else 4096
     square = torch.randn(side, side, device=device).to(dtype)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:

@@ -1,6 +1,6 @@
 """What an H200 can do, by its datasheet and the CUDA programming guide."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
 """SHARED_BYTES: what a block can have; a multiprocessor has a KiB more for each block."""
@@ -25,19 +25,24 @@ UNITS = {
     "shuffle": (1, "SHFL"),
 }
 MACS = {"HMMA.16816.F32": 16 * 8 * 16, "HMMA.1688.F32.TF32": 16 * 8 * 8}
-SHARED_ACCESSES = ("LDS", "STS", "LDSM", "LDGSTS")
+SHARED_ACCESSES, GLOBAL_ACCESSES = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "STG", "LDGSTS")
+SHARED_BYTES_PER_CLOCK = 128
+CACHE_BYTES_PER_CLOCK = 5120 / MULTIPROCESSORS
+"""Of the second-level cache: the A100's, by its whitepaper; no later figure is published."""
 
 
 def clocks(counts: Counter[str]) -> dict[str, float]:
-    """For which these instructions of a warp keep every unit busy."""
-    busy: Counter[str] = Counter({"issue": ISSUE * sum(counts.values())})
+    """For which these instructions of a warp keep every unit of its multiprocessor busy."""
+    busy: dict[str, float] = defaultdict(float, issue=ISSUE * sum(counts.values()))
     for opcode, count in counts.items():
         base = opcode.split(".")[0]
         for unit, (each, opcodes) in UNITS.items():
             if base in opcodes.split():
                 busy[unit] += each * count
         if base in SHARED_ACCESSES:
-            busy["shared"] += count * access_bytes(opcode) / 4
+            busy["shared"] += count * 32 * access_bytes(opcode) / SHARED_BYTES_PER_CLOCK
+        if base in GLOBAL_ACCESSES:
+            busy["cache"] += count * 32 * access_bytes(opcode) / CACHE_BYTES_PER_CLOCK
         if base == "HMMA":
             busy["tensor"] += count * tensor_clocks(opcode)
     return dict(busy)

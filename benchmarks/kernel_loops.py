@@ -1,6 +1,7 @@
 """What the warps of a CUDA kernel execute for a unit of work, put together from the loops of its machine code."""
 
 import itertools
+import math
 import re
 import sys
 from collections import Counter
@@ -13,35 +14,67 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from machine_code import Code, number
 
 Counts = Counter[str]
+Lattices = list[tuple[int, bool]]
+"""Of pixels: how many samples each has, and whether they are their own partners."""
 
 
 def times(counts: Counts, factor: float) -> Counts:
     return Counter({opcode: count * factor for opcode, count in counts.items()})
 
 
-def pair_chunks(channels: int, lattices: list[tuple[int, bool]], launch: Launch) -> float:
+def pair_chunks(channels: int, lattices: Lattices, kernel: str) -> float:
     """How often a warp multiplies a chunk of 32 samples, by all warps together.
 
-    A warp has 32 rows and half of the columns of a tile; of a lattice of pixels that are their own partners it has
+    A warp has some rows and half of the columns of a tile; of a lattice of pixels that are their own partners it has
     nothing to do below the diagonal.
     """
-    half = launch.threads // 4
-    parts = list(itertools.product(range(0, channels, 32), range(0, channels, half)))
-    of_symmetric = sum(row < column + half for row, column in parts)
+    rows, columns = tile_of_warp(kernel)
+    parts = list(itertools.product(range(0, channels, rows), range(0, channels, columns)))
+    of_symmetric = sum(row < column + columns for row, column in parts)
     return sum(pixels / 32 * (of_symmetric if symmetric else len(parts)) for pixels, symmetric in lattices)
+
+
+def block_samples(channels: int, lattices: Lattices, launch: Launch) -> list[int]:
+    """How many samples every block of a launch has, in order.
+
+    The size of a piece is not in the launch; it is one that comes to as many blocks.
+    """
+    _, columns = tile_of_warp(launch.kernel)
+    tiles = math.ceil(channels / (2 * columns))
+
+    def cut(piece: int) -> list[int]:
+        blocks = []
+        for samples, symmetric in lattices:
+            own = math.ceil(samples / math.ceil(samples / piece) / 32) * 32
+            pieces = [own] * (samples // own) + [samples % own] * (samples % own > 0)
+            blocks += [one for one in pieces for _ in range(tiles * (tiles + 1) // 2 if symmetric else tiles * tiles)]
+        return blocks
+
+    lattices = sorted(lattices, key=lambda one: -one[0])  # as patch_covariance.cu does
+    sizes = range(32, max(samples for samples, _ in lattices) + 32, 32)
+    return next(blocks for blocks in map(cut, sizes) if len(blocks) <= launch.blocks)
+
+
+def tile_of_warp(kernel: str) -> tuple[int, int]:
+    """Its rows and columns."""
+    tile, rows = re.findall(r", (\d+), (?:false|true), (\d+)>", kernel)[0]
+    return int(rows), int(tile) // 2
 
 
 def chunk_counts(code: Code, kernel: str) -> Counts:
     """What a warp does for 32 samples, but for sums of channels."""
     inner = code.innermost("HMMA")
-    if "Half" in kernel:
-        products = number(code.counts(inner), "HMMA") - 4  # those are the sums
-        copies = {"LDGSTS": number(code.counts(inner), "LDGSTS")}
-        return code.once_round(inner, {"HMMA": products, **copies})
-    outer, within = code.around(inner), code.counts(inner)
-    copies = {key: number(code.counts(outer), key) for key in ("LDG.E.128", "STS", "FFMA")}
-    around = code.once_round(outer, {"HMMA": number(within, "HMMA"), **copies})
-    return around + within  # which goes round twice
+    rows, columns = tile_of_warp(kernel)
+    half = "Half" in kernel
+    needed = (1 if half else 6) * rows * columns * 32 // (16 * 8 * 16)
+    outer, within = (inner if half else code.around(inner)), code.counts(inner)
+    counts = code.counts(outer)
+    sums = number(counts, "STS.64", *(["STS.128"] if half else []))
+    copies = {key: number(counts, key) for key in ("LDGSTS", "LDG", "FFMA")}
+    copies["STS"] = number(counts, "STS") - sums
+    rounds = max(needed // number(within, "HMMA"), 1)
+    around = code.once_round(outer, {"HMMA": needed // rounds, **copies})
+    return around + times(within, rounds - 1)
 
 
 def rank_small(code: Code, kernel: str, side: int) -> Counts:
@@ -67,10 +100,16 @@ def sturm_loops(code: Code) -> tuple[Counts, Counts]:
 
 
 def rank_large(code: Code, kernel: str, side: int) -> Counts:
-    """For one map: the eight warps of a block repeat what is done with vectors, and share the columns."""
-    column = code.innermost("SHFL.BFLY")
-    step = code.around(column)
-    around, each = code.once_round(step, {"MUFU": 4}), code.counts(column)
+    """For one map: the eight warps of a block repeat what is done with vectors, and share the columns, two at once."""
     bounds, ranks = sturm_loops(code)
-    total = times(around, 8 * side) + times(each, side * (side - 1) / 2 - 8 * side)
-    return total + times(bounds, 4 * side / 4) + times(ranks, 2 * side / 4)
+    total = times(bounds, 4 * side / 4) + times(ranks, 2 * side / 4)
+    chunks = int(re.findall(r"\d+", kernel)[0])
+    of_columns = sorted(
+        (one for one in code.loops if number(code.counts(one), "SHFL.BFLY") == 20), key=lambda one: one.first
+    )
+    for phase, columns in enumerate(of_columns):
+        around, each = code.once_round(code.around(columns), {"MUFU": 4}), code.counts(columns)
+        rows = math.ceil(chunks / 4) * 32
+        for k in range(phase * rows, min((phase + 1) * rows, side)):
+            total += times(around, 8) + times(each, max((side - k - 1) / 2 - 8, 0))
+    return total

@@ -6,10 +6,11 @@ run. No element is read, so the tensors have no memory; their address, zero, is 
 
 import ctypes
 import functools
+import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ class Launches:
 
     launches: list[Launch]
     workspace_bytes: int
+    copied: bool = False  # whether torch copies the batch first, so that channels lie side by side
 
 
 class Planner(Kernels):
@@ -96,8 +98,9 @@ planner = functools.cache(Planner)
 
 
 def covariance(shape: Shape, dtype: str, layout: str) -> Launches:
-    args = CovarianceArgs(channel_view(shape, dtype, layout), None, 1, 1.0)
-    return planner("covariance").plan("covariance_workspace", "covariance_update", args)
+    copied = layout == "channels first" and shape[1] % 4 == 0 and shape[1] > 64 and math.prod(shape[2:]) % 4 > 0
+    args = CovarianceArgs(channel_view(shape, dtype, "channels last" if copied else layout), None, 1, 1.0)
+    return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied=copied)
 
 
 def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Launches:
@@ -107,7 +110,10 @@ def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Laun
     if len(of.taps) > 1:  # as csrc/ops.cpp does, a tensor of all patches, and the covariance of its pixels
         rows, columns = of.rectangles[0, 2:4].tolist()
         x = maps((shape[0], shape[1] * len(of.taps), rows, columns), dtype, "channels first")
-        of = Patches.of(1).layout(x, 1)
+        layout, of = "channels first", Patches.of(1).layout(x, 1)
+    copied = layout == "channels first" and x.shape[1] % 4 == 0
+    if copied:
+        x = maps(tuple(x.shape), dtype, "channels last")
     args = PatchCovarianceArgs(
         MapView.of(x),
         *x.shape[2:],
@@ -124,7 +130,8 @@ def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Laun
         1,
         of.patches,
     )
-    return planner("patch_covariance").plan("patch_covariance_workspace", "patch_covariance_update", args)
+    planned = planner("patch_covariance").plan("patch_covariance_workspace", "patch_covariance_update", args)
+    return replace(planned, copied=copied)
 
 
 def taylor(shape: Shape, dtype: str, layout: str) -> Launches:

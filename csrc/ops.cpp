@@ -396,14 +396,23 @@ TORCH_LIBRARY_IMPL(pcafast, CPU, m) {
 }
 
 #ifdef PCAFAST_WITH_CUDA
+// The kernels of products take elements one by one unless whole groups of four lie side by side, of channels or of
+// positions. Then copying x first, with its channels side by side, takes less time, if there are not few of them.
+Tensor with_channels_inside(const Tensor& x, bool positions_fit) {
+  const bool copy = x.dim() > 2 && x.stride(1) != 1 && x.size(1) % 4 == 0 && !positions_fit;
+  return copy ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x;
+}
+
 void covariance_update_cuda(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
                             const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
                             Tensor& skipped) {
   const c10::cuda::CUDAGuard device(x.device());
+  const bool few = channel_dim != 1 || x.dim() < 3 || x.size(1) <= 64;
+  const bool positions_fit = few || x.numel() / std::max<int64_t>(x.size(0) * x.size(1), 1) % 4 == 0;
   covariance_update(
       cuda::covariance_workspace,
-      [](const CovarianceArgs& args) { cuda::covariance_update(args, c10::cuda::getCurrentCUDAStream()); }, x,
-      channel_dim, groups, scale, weight, count, mean, comoment, skipped);
+      [](const CovarianceArgs& args) { cuda::covariance_update(args, c10::cuda::getCurrentCUDAStream()); },
+      with_channels_inside(x, positions_fit), channel_dim, groups, scale, weight, count, mean, comoment, skipped);
 }
 
 // What the CUDA kernel does not know, maps read through tables of rows and columns and pixels of several taps, becomes
@@ -418,8 +427,9 @@ void patch_covariance_update_cuda(const Tensor& x, const Tensor& source_rows, co
     patch_covariance_update(
         cuda::patch_covariance_workspace,
         [](const PatchCovarianceArgs& args) { cuda::patch_covariance_update(args, c10::cuda::getCurrentCUDAStream()); },
-        maps, at::arange(maps.size(2), at::kLong), at::arange(maps.size(3), at::kLong), tap, step, lattices, slot_ends,
-        slot_rectangles, patches_per_example, groups, patches, count, left, right, comoment, skipped);
+        with_channels_inside(maps, false), at::arange(maps.size(2), at::kLong), at::arange(maps.size(3), at::kLong),
+        tap, step, lattices, slot_ends, slot_rectangles, patches_per_example, groups, patches, count, left, right,
+        comoment, skipped);
   };
   // The tables lead nowhere outside of x: only then are they followed.
   const PatchCovarianceArgs args =

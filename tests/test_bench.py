@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from torchvision import models
 
 import pcafast
 from pcafast.cli import bench, main
+from pcafast.loop.environment import environment
 from pcafast.models import build
 
 REPOSITORY = Path(__file__).parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
 OPERATORS = ("covariance", "patch_covariance", "rank", "taylor", "moments")
-SECTIONS = ("kernels", "roofline", "graphs", "covariance", "patch_covariance", "rank", "taylor", "moments", "hrank")
+SECTIONS = (
+    *("kernels", "roofline", "graphs", "covariance", "patch_covariance"),
+    *("rank", "taylor", "moments", "training", "hrank"),
+)
 
 
 @pytest.fixture
@@ -311,25 +316,96 @@ def test_sections_of_the_gpu_run(section, module, monkeypatch):
     if section in ("covariance", "patch_covariance"):
         assert all(row["share_of_roofline"] > 0 for row in found)
         assert len(found[0]["milliseconds"]) == {"covariance": 6, "patch_covariance": 2}[section]
+    if section == "training":
+        assert list(found["times_plain"]) == ["plain", "taylor", "covariance", "both"]
+        assert all(time > 0 for time in found["milliseconds"].values())
+        assert all(hook["operator"] > 0 for hook in found["hook_microseconds"].values())
     if section == "hrank":
-        assert (found["places"], found["pcafast_wrong"]) == (3, 0)
+        first = found["first_batch"]
+        assert (first["places"], first["images"], found["images"], first["pcafast_wrong"]) == (3, 2, 4, 0)
 
 
-def test_the_gpu_run_goes_on_after_a_failure(tmp_path):
-    options = ("--device", "cpu", "--tiny", "--out", tmp_path / "gpu.json", "--sections", "absent", "kernels")
-    done = run(BENCHMARKS / "gpu.py", *options)
+@pytest.mark.parametrize("statistic", [None, pcafast.Covariance, pcafast.Taylor])
+def test_what_is_collected_in_training_is_checked(statistic, module, monkeypatch):
+    training = module("gpu_training")
+    case = training.Training(build("resnet20"), (2, 3, 32, 32), "cpu")
+    if statistic is None:
+        return training.check(case)
+    update = statistic.update
+    monkeypatch.setattr(statistic, "update", lambda self, x, *rest, **more: update(self, x * 1.01, *rest, **more))
+    with pytest.raises(AssertionError):
+        training.check(case)
+
+
+def test_the_gpu_run_goes_on_after_a_failure_and_keeps_what_it_does_not_run(tmp_path, module):
+    out, digest = tmp_path / "gpu.json", module("gpu").kernels_digest()
+    before = {"kernels_digest": digest, "rank": {"status": 0}, "kernels": {"status": 1}}
+    out.write_text(json.dumps({"environment": environment(), "results": before}))
+    sections = ("absent", "kernels", "memcheck")
+    done = run(BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--out", out, "--sections", *sections)
     assert done.returncode == 1
-    written = json.loads((tmp_path / "gpu.json").read_text())
-    failed, right = written["results"].values()
-    assert failed["status"] == 1
-    assert "KeyError: 'absent'" in failed["said"]
-    assert right["status"] == 0
-    assert right["found"]["own"]
+    written = json.loads(out.read_text())
     assert written["environment"]["torch"] == torch.__version__
+    results = written["results"]
+    assert list(results) == ["kernels_digest", "rank", "kernels", "absent", "memcheck"]
+    assert (results["kernels_digest"], results["rank"]) == (digest, {"status": 0})
+    assert results["absent"]["status"] == 1
+    assert "KeyError: 'absent'" in results["absent"]["said"]
+    assert results["kernels"]["status"] == 0
+    assert results["kernels"]["found"]["own"]
+    assert results["memcheck"]["said"][0].endswith("calls are right")
+
+
+def test_results_of_other_kernels_or_another_gpu_are_not_kept(tmp_path, module):
+    earlier, path = module("gpu").earlier, tmp_path / "gpu.json"
+    assert earlier(path, "digest") == {}
+    results = {"kernels_digest": "digest", "rank": {"status": 0}}
+    path.write_text(json.dumps({"environment": environment(), "results": results}))
+    assert earlier(path, "digest") == results
+    assert earlier(path, "another") == {}
+    path.write_text(json.dumps({"environment": {"gpu": "another"}, "results": results}))
+    assert earlier(path, "digest") == {}
+
+
+def test_the_digest_is_of_the_native_sources(tmp_path, module, monkeypatch):
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu.bare, "REPOSITORY", tmp_path)
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    digests = [gpu.kernels_digest()]
+    for name, text in (("a.cu", ""), ("b.h", ""), ("b.h", "x"), ("c.txt", "x")):
+        (tmp_path / "csrc" / "cuda" / name).write_text(text)
+        digests.append(gpu.kernels_digest())
+    assert len(set(digests)) == 4
+    assert digests[3] == digests[4]
+
+
+def test_what_the_gpu_run_calls(module, monkeypatch):
+    gpu = module("gpu")
+    on_gpu = SimpleNamespace(device="cuda", tiny=False)
+    tool, _, name, *options = gpu.command("racecheck", on_gpu, Path("result"))
+    assert (tool, name) == ("compute-sanitizer", "racecheck")
+    assert {"--error-exitcode", "kns=pcafast", "benchmarks/gpu_launches.py"} <= set(options)
+    assert "kns=pcafast" not in gpu.command("initcheck", on_gpu, Path("result"))
+    for there in (None, "xdist"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there)
+        assert ("-n" in gpu.tests("cuda")) == bool(there)
+    assert gpu.tests("cuda")[-1] == "cuda and not cpu"
+
+
+def test_a_section_that_cannot_start_or_end(module, capsys, monkeypatch):
+    gpu = module("gpu")
+    given = SimpleNamespace(device="cpu", tiny=True)
+    monkeypatch.setattr(gpu, "command", lambda section, *_: [section])
+    assert gpu.run("compute-sanitiser", given, 9)["status"] == "not run: there is no compute-sanitiser on the PATH"
+    endless = [sys.executable, "-c", "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '99'])"]
+    monkeypatch.setattr(gpu, "command", lambda *_: endless)
+    stopped = gpu.run("rank", given, 1)
+    assert (stopped["status"], stopped["said"]) == ("stopped after 1 seconds", ["begun"])
+    assert stopped["seconds"] < 5
 
 
 def test_the_gpu_run_needs_only_torch(tmp_path):
-    """But for the section hrank."""
+    """But for the sections training and hrank."""
     without = "import sys; sys.modules.update(dict.fromkeys(['rich', 'safetensors', 'jinja2', 'typer'])); "
     start = (
         f"import runpy; sys.path.insert(0, {str(BENCHMARKS)!r}); runpy.run_path('benchmarks/gpu.py', None, '__main__')"

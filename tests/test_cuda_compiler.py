@@ -71,25 +71,26 @@ def test_the_report_has_every_kernel(compiled: dict[tuple[Path, int], Compiled])
     assert all(re.match(r"\w+\.cu +sm_\d+( +\d+){5} +\S", line) for line in lines[1:])
 
 
-# What a warp with 32 rows and half a tile of columns does for 32 samples: matrix instructions of 16 x 8 products, over
-# 16 samples of 16 bits or 8 of TF32, of which float32 takes three; four more are for the sums of channels.
+# What a warp with half a tile of columns does for 32 samples: matrix instructions of 16 x 8 products, over 16 samples
+# of 16 bits or 8 of TF32, of which float32 takes three; one column more is for the sums of channels.
 @pytest.mark.parametrize("layout", ["false", "true"])
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize(("dtype", "opcode"), [("BFloat16", "HMMA.16816.F32.BF16"), ("Float16", "HMMA.16816.F32")])
-def test_matrix_instructions_of_halves(
-    codes: dict[str, Code], dtype: str, opcode: str, tile: int, layout: str
-) -> None:
-    code = codes[f"multiply_pairs<Tiling<Half<{dtype}>, {tile}, {layout}>, AsyncStaging, {dtype}, 8>"]
+def test_matrix_instructions_of_halves(codes: dict[str, Code], dtype: str, opcode: str, tile: int, layout: str) -> None:
+    rows = 64
+    code = codes[f"multiply_pairs<Tiling<Half<{dtype}>, {tile}, {layout}, {rows}>, AsyncStaging, {dtype}, 8>"]
     inner = code.counts(code.innermost("HMMA"))
-    assert inner[opcode] == number(inner, "HMMA") == 2 * 2 * (tile // 16) + 4
-    assert number(inner, "LDGSTS.E.BYPASS.128") == number(inner, "LDGSTS") == 4
-    assert number(inner, "LDSM") == number(inner, "LDSM.16.M88.4", "LDSM.16.MT88.4") == 4 + tile // 16 + 4
+    assert inner[opcode] == number(inner, "HMMA") == 2 * (rows // 16) * (tile // 16 + 1)
+    assert number(inner, "LDGSTS.E.BYPASS.128") == number(inner, "LDGSTS") == 8
+    assert (
+        number(inner, "LDSM") == number(inner, "LDSM.16.M88.4", "LDSM.16.MT88.4") == 2 * 2 * (rows // 16) + tile // 16
+    )
 
 
 @pytest.mark.parametrize("layout", ["false", "true"])
 def test_matrix_instructions_of_float32(codes: dict[str, Code], layout: str) -> None:
     """Half of the samples at a time."""
-    code = codes[f"multiply_pairs<Tiling<Single, 64, {layout}>, RegisterStaging, float, 4>"]
+    code = codes[f"multiply_pairs<Tiling<Single, 64, {layout}, 32>, RegisterStaging, float, 4>"]
     inner = code.innermost("HMMA")
     assert code.counts(inner)["HMMA.1688.F32.TF32"] == number(code.counts(inner), "HMMA") == 3 * 2 * 4 * 4 / 2
     assert number(code.counts(code.around(inner)), "LDG.E.128") == 8

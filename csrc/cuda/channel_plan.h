@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "channel_sums.h"
+#include "channel_view.h"
 
 namespace pcafast::cuda {
 
@@ -30,23 +31,6 @@ inline Plan cut(const ChannelView& x, int64_t tiles, int64_t rows) {
   }
   return {static_cast<int>(examples), static_cast<int>(positions), ceil_div(x.examples, examples),
           static_cast<int>(ceil_div(x.positions, positions)), static_cast<int>(tiles)};
-}
-
-// The stride of a dimension of size one is arbitrary; zero suits every layout.
-inline ChannelView normalised(ChannelView x) {
-  if (x.examples == 1) x.example_stride = 0;
-  if (x.channels == 1) x.channel_stride = 0;
-  if (x.positions == 1) x.position_stride = 0;
-  return x;
-}
-
-// The positions of all examples as those of one example, if they lie at one stride.
-inline ChannelView joined(ChannelView x) {
-  if (x.positions == 1) x.position_stride = x.example_stride;
-  if (x.positions > 1 && x.example_stride != x.positions * x.position_stride) return normalised(x);
-  x.positions *= x.examples;
-  x.examples = 1;
-  return normalised(x);
 }
 
 template <class Op>

@@ -1,4 +1,5 @@
 // Covariance on the GPU: all samples of a batch are one lattice, whose pixels are their own partners.
+#include "channel_view.h"
 #include "kernels_cuda.h"
 #include "pair_plan.h"
 
@@ -6,14 +7,14 @@ namespace pcafast::cuda {
 namespace {
 
 Samples samples(const CovarianceArgs& args) {
-  const ChannelView& x = args.x;
+  const ChannelView x = joined(args.x);
   return {x.data,           x.dtype, x.examples,        x.channels,  x.example_stride,
           x.channel_stride, 0,       x.position_stride, args.weight, args.groups};
 }
 
 PairTables tables(const CovarianceArgs& args) {
   const double count = static_cast<double>(args.x.examples) * args.x.positions;
-  return {{{0, 0, 1, args.x.positions, 1, 0, 0, 0, 0, 0}}, {{0, 1, 1, count}}, {0}};
+  return {{{0, 0, 1, joined(args.x).positions, 1, 0, 0, 0, 0, 0}}, {{0, 1, 1, count}}, {0}};
 }
 
 }  // namespace

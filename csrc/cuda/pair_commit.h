@@ -5,39 +5,44 @@
 
 namespace pcafast::cuda {
 
-constexpr int kShares = 16;  // threads that share the pieces of an element, at most
+constexpr unsigned kCommitRows = 16;  // rows of threads of a block
 
 __device__ inline int last_pass(const PairBatch& batch) { return second_pass(batch.verdicts[0], batch.x.dtype); }
 __device__ inline bool is_finite(const PairBatch& batch) { return batch.verdicts[last_pass(batch)].nonfinite == 0; }
 
-// Lanes (x) take neighbouring columns of a row of a slot's matrix, threads (y) share the pieces.
-__global__ void __launch_bounds__(kWarp* kShares) commit_products(PairBatch batch, PairState state) {
-  __shared__ double shared[kShares][kWarp];
-  const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp,
-                 line = blockIdx.x / strips;
-  const unsigned strip = blockIdx.x % strips, group = line / width, row = line % width;
+// Lanes (x) take neighbouring columns of a row of a slot's matrix; neighbours in y, `shares` of them, share the pieces.
+__global__ void __launch_bounds__(kWarp* kCommitRows)
+    commit_products(PairBatch batch, PairState state, unsigned shares) {
+  __shared__ double shared[kCommitRows][kWarp];
+  const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp;
+  const unsigned rows = kCommitRows / shares, line = blockIdx.x / strips, strip = blockIdx.x % strips;
+  const unsigned lines = (width + rows - 1) / rows, group = line / lines, first_row = line % lines * rows;
+  const unsigned row = first_row + threadIdx.y / shares, share = threadIdx.y % shares;
   const unsigned column = strip * kWarp + threadIdx.x;
   const Slot& slot = batch.slot[blockIdx.y];
   const double added = batch.count(slot);
-  if (added == 0 || !is_finite(batch) || (slot.symmetric && (strip + 1) * kWarp <= row)) return;
+  if (added == 0 || !is_finite(batch) || (slot.symmetric && (strip + 1) * kWarp <= first_row)) return;
 
-  // Where the products are: (i, j) are channels, lanes to spare repeat the last column.
-  const unsigned tile = batch.tile, i = line, j = group * width + min(column, width - 1);
+  // Where the products are: (i, j) are channels, threads to spare repeat the last row and column.
+  const unsigned tile = batch.tile, i = group * width + min(row, width - 1), j = group * width + min(column, width - 1);
   const unsigned bundle = i / static_cast<unsigned>(batch.bundle), before = bundle * batch.bundle;
-  const int64_t pair = batch.pair(slot.symmetric, (i - before) / tile, (j - before) / tile);
-  const unsigned tile_row = (i - before) % tile, tile_column = (j - before) % tile;
+  const unsigned upper = slot.symmetric ? max(i, j) : j;  // below the diagonal there are none
+  const int64_t pair = batch.pair(slot.symmetric, (i - before) / tile, (upper - before) / tile);
+  const unsigned tile_row = (i - before) % tile, tile_column = (upper - before) % tile;
   double sum = 0;
   for (int64_t e = slot.begin; e < slot.end; ++e) {
     const Lattice& lattice = batch.lattices[batch.entries[e]];
-#pragma unroll 1
-    for (int64_t piece = threadIdx.y; piece < lattice.pieces; piece += blockDim.y) {
-      sum += batch.product(batch.record(lattice, piece, bundle, pair), tile_row, tile_column);
+    const int64_t apart = batch.record(lattice, shares, bundle, pair) - batch.record(lattice, 0, bundle, pair);
+    const double* record = batch.record(lattice, share, bundle, pair);
+#pragma unroll 4
+    for (int left = lattice.pieces - share; left > 0; left -= shares, record += apart) {
+      sum += batch.product(record, tile_row, tile_column);
     }
   }
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y > 0 || column >= width || (slot.symmetric && column < row)) return;
-  for (unsigned share = 1; share < blockDim.y; ++share) sum += shared[share][threadIdx.x];
+  if (share > 0 || row >= width || column >= width || (slot.symmetric && column < row)) return;
+  for (unsigned other = 1; other < shares; ++other) sum += shared[threadIdx.y + other][threadIdx.x];
 
   const int pass = last_pass(batch);
   const double unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], batch.x.dtype) : 1;

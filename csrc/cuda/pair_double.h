@@ -8,15 +8,16 @@ namespace pcafast::cuda {
 struct Double {
   using Staged = double;
   using Sum = double;
-  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30, kResident = 2;
+  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30, kResident = 2, kSums = 1;
   static constexpr int kPadOfChannels = 2, kPadOfSamples = 2;
 
   // Lane 8 r + c has rows r, r + 4, ... and columns c, c + 8, ...
   template <class Tiling>
   class Warp {
-    static constexpr int kRows = kWarpRows / 4, kColumns = Tiling::kWarpColumns / 8;
+    static constexpr int kRows = Tiling::kWarpRows / 4, kColumns = Tiling::kWarpColumns / 8;
 
    public:
+    __device__ explicit Warp(double* sums) : of_channels_(sums) {}
     __device__ void multiply(const double* a, const double* b, int row, int column) {
 #pragma unroll 2
       for (int k = 0; k < kChunk; ++k) {

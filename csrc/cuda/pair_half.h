@@ -10,69 +10,70 @@ template <typename T>
 struct Half {
   using Staged = uint16_t;
   using Sum = float;
-  static constexpr int kChunk = 32, kStages = 4, kDrain = 64, kResident = 3;
+  static constexpr int kChunk = 32, kStages = 4, kDrain = 64, kResident = 5, kSums = 2;
   static constexpr int kPadOfChannels = 8, kPadOfSamples = 8;
 
   template <class Tiling>
   class Warp {
-    static constexpr int kBlocks = Tiling::kWarpColumns / 8;
+    static constexpr int kRowBlocks = Tiling::kWarpRows / 16, kBlocks = Tiling::kWarpColumns / 8;
 
    public:
+    __device__ explicit Warp(double* sums) : of_channels_(sums) { sums[0] = sums[1] = 0; }
     __device__ void multiply(const uint16_t* a, const uint16_t* b, int row, int column) {
       constexpr int kSteps = kChunk / 16;
-      uint32_t left[kSteps][2][4];
+      uint32_t left[kSteps][kRowBlocks][4];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) load_left(left[step][m], a, row + 16 * m, 16 * step);
+        for (int m = 0; m < kRowBlocks; ++m) load_left(left[step][m], a, row + 16 * m, 16 * step);
       }
 #pragma unroll
       for (int n = 0; n < kBlocks; n += 2) {
-        float sums[2][2][4] = {};
+        uint32_t right[kSteps][4];
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const int channel = column + n * 8 + lane() / 16 * 8, sample = 16 * step + lane() / 8 % 2 * 8;
-          uint32_t right[4];
-          load_at(right, b, channel, sample);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t pair[2] = {right[2 * half], right[2 * half + 1]};
-#pragma unroll
-            for (int m = 0; m < 2; ++m) multiply_add(sums[m][half], left[step][m], pair, T{});
-          }
+          load_at(right[step], b, channel, sample);
         }
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) add_to(sums_[m][n + half], sums[m][half]);
+          for (int m = 0; m < kRowBlocks; ++m) {
+            float sums[4] = {};
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+              const uint32_t pair[2] = {right[step][2 * half], right[step][2 * half + 1]};
+              multiply_add(sums, left[step][m], pair, T{});
+            }
+            add_to(sums_[m][n + half], sums);
+          }
         }
       }
     }
 
-    // By a product with ones.
+    // By a product with ones, whose columns are all the same. Of the four lanes that get those of a row each keeps
+    // another block of rows.
     __device__ void add_sums(const uint16_t* tile, int row) {
       constexpr uint32_t kOnes = std::is_same_v<T, Float16> ? 0x3c003c00u : 0x3f803f80u;
       const uint32_t ones[2] = {kOnes, kOnes};
-      float chunk[2][4] = {};
 #pragma unroll
-      for (int k = 0; k < kChunk; k += 16) {
+      for (int m = 0; m < kRowBlocks; ++m) {
+        float chunk[4] = {};
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int k = 0; k < kChunk; k += 16) {
           uint32_t left[4];
           load_left(left, tile, row + 16 * m, k);
-          multiply_add(chunk[m], left, ones, T{});
+          multiply_add(chunk, left, ones, T{});
         }
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        of_channels_[m][0] += chunk[m][0];
-        of_channels_[m][1] += chunk[m][2];
+        if (lane() % 4 != m) continue;
+        of_channels_[0] += chunk[0];
+        of_channels_[1] += chunk[2];
       }
     }
 
     __device__ void drain(float* products, int row, int column, bool first) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           drain_matrix<Tiling::kTile>(sums_[m][n], products, row + 16 * m, column + 8 * n, first);
@@ -80,12 +81,10 @@ struct Half {
       }
     }
     __device__ void write_sums(double* out, int row) const {
-      if (lane() % 4 != 0) return;
+      const int m = lane() % 4;
+      if (m >= kRowBlocks) return;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) out[row + 16 * m + 8 * half + lane() / 4] = of_channels_[m][half];
-      }
+      for (int half = 0; half < 2; ++half) out[row + 16 * m + 8 * half + lane() / 4] = of_channels_[half];
     }
 
    private:
@@ -101,8 +100,8 @@ struct Half {
       load_at(matrices, tile, row + lane() / 8 % 2 * 8, k + lane() / 16 * 8);
     }
 
-    float sums_[2][kBlocks][4] = {};
-    double of_channels_[2][2] = {};
+    float sums_[kRowBlocks][kBlocks][4] = {};
+    double* const of_channels_;
   };
 };
 

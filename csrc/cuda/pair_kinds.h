@@ -1,10 +1,11 @@
-// The products of a warp with 32 rows and kTile / 2 columns of a tile, in each precision.
+// The products of a warp with kWarpRows rows and kTile / 2 columns of a tile, in each precision.
 //
 //   Staged      an element in shared memory
 //   Sum         what products are added up in at first
 //   kChunk      samples that are in shared memory together;  kStages: of such chunks there are so many
 //   kResident   blocks of 64 x 64 channels that share a multiprocessor, at least
 //   kDrain      after how many chunks the sums are added to those in memory
+//   kSums       sums of channels that a thread keeps in shared memory, since registers are scarce
 //   Warp        adds up: multiply(a, b) and add_sums(tile) chunk by chunk, drain and write_sums write the results
 #pragma once
 
@@ -43,22 +44,24 @@ __device__ inline void add_to(float (&sums)[4], const float (&few)[4]) {
   for (int i = 0; i < 4; ++i) sums[i] += few[i];
 }
 
-// Sums of the samples of a tile: a lane to a channel.
+// Sums of the samples of a tile: a lane to a channel of a warp's 32.
 template <class Tiling>
 class ChannelSum {
  public:
   using Staged = typename Tiling::Kind::Staged;
+  static_assert(Tiling::kWarpRows == kWarp);
 
+  __device__ explicit ChannelSum(double* sum) : sum_(sum) { *sum = 0; }
   __device__ void add(const Staged* tile, int row) {
     Staged chunk = 0;
 #pragma unroll 8
     for (int k = 0; k < Tiling::kChunk; ++k) chunk += tile[Tiling::index(row + lane(), k)];
-    sum_ += chunk;
+    *sum_ += chunk;
   }
-  __device__ void write(double* out, int row) const { out[row + lane()] = sum_; }
+  __device__ void write(double* out, int row) const { out[row + lane()] = *sum_; }
 
  private:
-  double sum_ = 0;
+  double* const sum_;
 };
 
 }  // namespace pcafast::cuda

@@ -3,6 +3,7 @@
 // returns at once, reads the batch again; so nothing waits for the device.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "pair_commit.h"
 #include "pair_products.h"
@@ -19,14 +20,48 @@ int64_t samples_of(const Samples& x, const Lattice& lattice) { return x.examples
 
 // Blocks that are on the device together, about.
 int64_t wave(const PairBatch& batch) {
-  const int on_multiprocessor = batch.tile > 64 ? 1 : batch.is_double() ? 2 : 3;
+  const int on_multiprocessor = batch.tile > 64 || batch.is_double() ? 2 : is_raw(batch.x) ? 5 : 3;
   return int64_t{multiprocessors()} * on_multiprocessor;
+}
+
+int64_t whole_chunks(int64_t samples) { return std::max<int64_t>(ceil_div(samples, kWarp), 1) * kWarp; }
+
+// Samples of a piece, such that little of the device is idle while the last wave of blocks runs. A block costs as much
+// as kBeside samples more, for its start and its record. With more than kMost, sums in float would lose accuracy.
+int64_t piece_size(const PairBatch& batch, const std::vector<Lattice>& lattices) {
+  constexpr int64_t kBeside = 256, kMost = 1 << 16, kMoreWaves = 4;
+  // Several blocks of little work, which come last, go for one.
+  const auto blocks = [&](int64_t piece) {
+    int64_t whole = 0, rest = 0;
+    for (const Lattice& lattice : lattices) {
+      const int64_t samples = samples_of(batch.x, lattice), pieces = ceil_div(samples, piece);
+      const int64_t pairs = batch.bundles() * batch.pairs(lattice.symmetric);
+      (2 * samples >= piece ? whole : rest) += pairs * (2 * samples >= piece ? pieces : samples + kBeside);
+    }
+    return whole + ceil_div(rest, piece + kBeside);
+  };
+  int64_t longest = 1, work = 0;
+  for (const Lattice& lattice : lattices) {
+    longest = std::max(longest, samples_of(batch.x, lattice));
+    work += samples_of(batch.x, lattice) * batch.bundles() * batch.pairs(lattice.symmetric);
+  }
+  longest = whole_chunks(std::min(longest, kMost));
+  const int64_t at_once = wave(batch), fewest = std::max<int64_t>(blocks(longest) / at_once, 1);
+  int64_t best = longest, least = std::numeric_limits<int64_t>::max();
+  for (int64_t waves = fewest; waves < fewest + kMoreWaves; ++waves) {
+    int64_t piece = std::min(whole_chunks(ceil_div(work, waves * at_once)), longest);
+    while (piece < longest && blocks(piece) > waves * at_once) piece += whole_chunks(piece / 64);
+    const int64_t time = ceil_div(blocks(piece), at_once) * (piece + kBeside);
+    if (time < least) {
+      best = piece;
+      least = time;
+    }
+  }
+  return best;
 }
 
 // Sizes alone; and how the lattices are cut.
 PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) {
-  // Samples of a piece: fewer are not worth a block, of more the sums in float would lose accuracy.
-  constexpr int64_t kFewest = 128, kMost = 1 << 16;
   const int64_t width = x.channels / x.groups;
   PairBatch batch = {};
   batch.x = x;
@@ -35,20 +70,13 @@ PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) 
   batch.tile = is_raw(x) && width > 64 ? 128 : 64;
   batch.bundle = width * std::clamp<int64_t>(batch.tile / width, 1, x.groups);
   batch.tiles = ceil_div(batch.bundle, batch.tile);
-  int64_t work = 0, units = 0;
-  for (const Lattice& lattice : lattices) {
-    const int64_t samples = samples_of(x, lattice), pairs = batch.bundles() * batch.pairs(lattice.symmetric);
-    work += samples * pairs;
-    if (samples > 0) units += pairs;
-  }
-  const int64_t waves = units == 1 ? 1 : 2;
-  const int64_t piece = std::clamp(ceil_div(work, waves * wave(batch)), kFewest, kMost);
+  const int64_t piece = piece_size(batch, lattices);
   for (Lattice& lattice : lattices) {
     const int64_t samples = samples_of(x, lattice);
     lattice.first_block = batch.blocks;
     lattice.pieces = ceil_div(samples, piece);
     if (samples == 0) continue;
-    lattice.piece = ceil_div(ceil_div(samples, lattice.pieces), kWarp) * kWarp;
+    lattice.piece = whole_chunks(ceil_div(samples, lattice.pieces));
     lattice.pieces = ceil_div(samples, lattice.piece);
     lattice.inverse_rows = 1.0 / lattice.rows;
     lattice.inverse_columns = 1.0 / lattice.columns;
@@ -128,19 +156,20 @@ struct Pass {
     launch(multiply_pairs<Tiling, Staging, T, kWidth>, dim3(batch.blocks), dim3(Tiling::kThreads), Tiling::kBytes,
            stream, batch, number);
   }
-  template <class Kind, template <class, typename, int> class Staging, typename T, int kWidth, int kTile>
+  template <class Kind, template <class, typename, int> class Staging, typename T, int kWidth, int kTile,
+            int kWarpRows = 32>
   void with_layout(bool channels_inside) const {
     if (channels_inside) {
-      run<Tiling<Kind, kTile, true>, Staging, T, kWidth>();
+      run<Tiling<Kind, kTile, true, kWarpRows>, Staging, T, kWidth>();
     } else {
-      run<Tiling<Kind, kTile, false>, Staging, T, kWidth>();
+      run<Tiling<Kind, kTile, false, kWarpRows>, Staging, T, kWidth>();
     }
   }
   // 16-bit elements: as they are, or about a shift.
   template <typename T, int kTile>
   void raw(bool channels_inside, int width) const {
     if (width == 8) {
-      with_layout<Half<T>, AsyncStaging, T, 8, kTile>(channels_inside);
+      with_layout<Half<T>, AsyncStaging, T, 8, kTile, 64>(channels_inside);
     } else if (width == 4) {
       with_layout<Half<T>, AsyncStaging, T, 4, kTile>(channels_inside);
     } else {
@@ -214,9 +243,11 @@ void update_pairs(const Samples& x, const PairTables& tables, const PairState& s
   }
   int64_t pieces = 1;
   for (const Lattice& lattice : lattices) pieces = std::max(pieces, lattice.pieces);
-  const unsigned strips = ceil_div(x.channels / x.groups, kWarp) * x.channels;
-  launch(commit_products, dim3(strips, slots), dim3(kWarp, std::min<int64_t>(pieces, kShares)), 0, stream, batch,
-         state);
+  unsigned shares = 1;
+  while (shares < kCommitRows && 8 * shares < pieces) shares *= 2;
+  const int64_t width = x.channels / x.groups, lines = x.groups * ceil_div(width, kCommitRows / shares);
+  launch(commit_products, dim3(lines * ceil_div(width, kWarp), slots), dim3(kWarp, kCommitRows), 0, stream, batch,
+         state, shares);
   launch(commit_means, dim3(slots), threads, 0, stream, batch, state);
 }
 

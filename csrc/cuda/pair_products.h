@@ -62,19 +62,24 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kReside
   const Samples& x = batch.x;
   Staged* const memory = dynamic_shared<Staged>();
   Sum* const offsets = reinterpret_cast<Sum*>(memory + 2 * Kind::kStages * Tiling::kElements);
+  Step* const step = reinterpret_cast<Step*>(offsets + 2 * Tiling::kTile);
+  if (threadIdx.x == 0) {
+    *step = Step(x, lattice, Walk<Tiling, kWidth>::kStep,
+                 lattice.partner + (task.first[1] - task.first[0]) * x.channel_stride);
+  }
   const Sum unit = pass > 0 ? unit_of_second_pass(batch.verdicts[0], x.dtype) : 1;
-  {  // a thread to a channel of both tiles
-    const bool of_right = threadIdx.x >= Tiling::kTile;
-    const int channel = threadIdx.x % Tiling::kTile;
+  for (int i = threadIdx.x; i < 2 * Tiling::kTile; i += Tiling::kThreads) {  // the channels of both tiles
+    const bool of_right = i >= Tiling::kTile;
+    const int channel = i % Tiling::kTile;
     const double* const shift = batch.shift + pass * x.channels + (of_right ? task.first[1] : task.first[0]);
     const int channels = of_right ? task.channels[1] : task.channels[0];
-    offsets[threadIdx.x] = channel < channels ? static_cast<Sum>(shift[channel]) * unit : 0;
+    offsets[i] = channel < channels ? static_cast<Sum>(shift[channel]) * unit : 0;
   }
   __syncthreads();
 
   const int chunks = (task.samples + Tiling::kChunk - 1) / Tiling::kChunk;
   const int warp = threadIdx.x / kWarp, side = warp % 2;
-  const int row = warp / 2 * kWarpRows, column = side * Tiling::kWarpColumns;
+  const int row = warp / 2 * Tiling::kWarpRows, column = side * Tiling::kWarpColumns;
   const bool diagonal = lattice.symmetric && pair.row == pair.column;
   // Or lies beyond the channels, or below the diagonal.
   const bool multiplies =
@@ -86,20 +91,20 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kReside
   double* const record = batch.record(blockIdx.x);
   Sum* const out = reinterpret_cast<Sum*>(record + 2 * Tiling::kTile);
 
-  typename Kind::template Warp<Tiling> products;
-  Staging<Tiling, T, kWidth> staging(x, lattice, task, chunks, memory);
+  typename Kind::template Warp<Tiling> products(reinterpret_cast<double*>(step + 1) + threadIdx.x * Kind::kSums);
+  Staging<Tiling, T, kWidth> staging(x, lattice, task, step, chunks, memory);
   staging.begin(offsets, unit);
-  int drained = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const Staged* const left = staging.arrive(chunk);
-    const Staged* const right = left + (task.same ? 0 : Tiling::kElements);
-    if (multiplies) products.multiply(left, right, row, column);
-    if (adds) products.add_sums(side == 0 ? left : right, row);
-    staging.leave(chunk);
-    if (multiplies && (chunk + 1 == chunks || chunk + 1 - drained == Kind::kDrain)) {
-      products.drain(out, row, column, drained == 0);
-      drained = chunk + 1;
+  for (int begin = 0; begin < chunks; begin += Kind::kDrain) {
+    const int end = min(chunks - begin, Kind::kDrain) + begin;
+#pragma unroll 1
+    for (int chunk = begin; chunk < end; ++chunk) {
+      const Staged* const left = staging.arrive(chunk);
+      const Staged* const right = left + (task.same ? 0 : Tiling::kElements);
+      if (multiplies) products.multiply(left, right, row, column);
+      if (adds) products.add_sums(side == 0 ? left : right, row);
+      staging.leave(chunk);
     }
+    if (multiplies) products.drain(out, row, column, begin == 0);
   }
   if (adds) products.write_sums(record + side * Tiling::kTile, row);
 }

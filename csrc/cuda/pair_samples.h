@@ -33,60 +33,72 @@ struct Lattice {
   double inverse_rows, inverse_columns;
 };
 
-// Goes through the samples of a lattice, which are numbered along columns, then rows, then examples.
+// Where a sample of a lattice is. They are numbered along columns, then rows, then examples.
+struct Place {
+  int64_t example, column;
+  int row;
+
+  __device__ Place(const Lattice& lattice, int64_t sample) {
+    const int64_t line = quotient(sample, lattice.columns, lattice.inverse_columns);
+    example = quotient(line, lattice.rows, lattice.inverse_rows);
+    row = line - example * lattice.rows;
+    column = sample - line * lattice.columns;
+  }
+  __device__ int64_t offset(const Samples& x) const {
+    return example * x.example_stride + row * x.row_stride + column * x.column_stride;
+  }
+};
+
+// Where a block's next samples are: the same for all threads, which keep it in shared memory.
+struct Step {
+  int64_t columns, offset;         // of the lattice; from a sample to the one `samples` further on
+  int64_t next_row, next_example;  // added to the offset at the end of a row, and of an example
+  int64_t partner;                 // from a sample of the left tile to its partner of the right one
+  int rows, column_step, row_step;
+
+  __device__ Step(const Samples& x, const Lattice& lattice, int samples, int64_t partner)
+      : columns(lattice.columns),
+        next_row(x.row_stride - lattice.columns * x.column_stride),
+        next_example(x.example_stride - lattice.rows * x.row_stride),
+        partner(partner),
+        rows(lattice.rows) {
+    const Place apart(lattice, samples);
+    offset = apart.offset(x);
+    column_step = apart.column;
+    row_step = apart.row;
+  }
+};
+
+// Goes through the samples of a lattice.
 class Cursor {
  public:
-  __device__ Cursor(const Samples& x, const Lattice& lattice, int64_t sample, int step)
-      : columns_(lattice.columns),
-        next_row_(x.row_stride - lattice.columns * x.column_stride),
-        next_example_(x.example_stride - lattice.rows * x.row_stride),
-        rows_(lattice.rows) {
-    const Place start(lattice, sample), apart(lattice, step);
+  __device__ Cursor(const Samples& x, const Lattice& lattice, int64_t sample, int64_t channel) {
+    const Place start(lattice, sample);
     column_ = start.column;
     row_ = start.row;
-    offset_ = lattice.first + start.offset(x);
-    step_columns_ = apart.column;
-    step_rows_ = apart.row;
-    step_offset_ = apart.offset(x);
+    offset_ = lattice.first + start.offset(x) + channel * x.channel_stride;
   }
 
   __device__ int64_t offset() const { return offset_; }
 
-  __device__ void advance() {
-    column_ += step_columns_;
-    row_ += step_rows_;
-    offset_ += step_offset_;
-    if (column_ >= columns_) {
-      column_ -= columns_;
+  __device__ void advance(const Step& step) {
+    column_ += step.column_step;
+    row_ += step.row_step;
+    offset_ += step.offset;
+    if (column_ >= step.columns) {
+      column_ -= step.columns;
       ++row_;
-      offset_ += next_row_;
+      offset_ += step.next_row;
     }
-    if (row_ >= rows_) {
-      row_ -= rows_;
-      offset_ += next_example_;
+    if (row_ >= step.rows) {
+      row_ -= step.rows;
+      offset_ += step.next_example;
     }
   }
 
  private:
-  struct Place {
-    int64_t example, column;
-    int row;
-
-    __device__ Place(const Lattice& lattice, int64_t sample) {
-      const int64_t line = quotient(sample, lattice.columns, lattice.inverse_columns);
-      example = quotient(line, lattice.rows, lattice.inverse_rows);
-      row = line - example * lattice.rows;
-      column = sample - line * lattice.columns;
-    }
-    __device__ int64_t offset(const Samples& x) const {
-      return example * x.example_stride + row * x.row_stride + column * x.column_stride;
-    }
-  };
-
-  const int64_t columns_, next_row_, next_example_;  // positions of an example may be more than an int holds
-  int64_t column_, offset_, step_offset_;
-  const int rows_;
-  int row_, step_columns_, step_rows_;
+  int64_t column_, offset_;  // positions of an example may be more than an int holds
+  int row_;
 };
 
 }  // namespace pcafast::cuda

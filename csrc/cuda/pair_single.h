@@ -9,7 +9,7 @@ namespace pcafast::cuda {
 struct Single {
   using Staged = float;
   using Sum = float;
-  static constexpr int kChunk = 32, kStages = 2, kDrain = 32, kResident = 3;
+  static constexpr int kChunk = 32, kStages = 2, kDrain = 32, kResident = 3, kSums = 1;
   static constexpr int kPadOfChannels = 8, kPadOfSamples = 4;
 
   template <class Tiling>
@@ -18,6 +18,7 @@ struct Single {
     static constexpr int kSteps = 2;  // of matrix instructions that follow each other
 
    public:
+    __device__ explicit Warp(double* sums) : of_channels_(sums) {}
     __device__ void multiply(const float* a, const float* b, int row, int column) {
       const int g = lane() / 4, t = lane() % 4;
 #pragma unroll 1

@@ -36,41 +36,44 @@ class Walk {
   using Share = Shares<Tiling, kWidth>;
 
  public:
-  __device__ Walk(const Samples& x, const Lattice& lattice, const Task& task)
-      : cursor_(x, lattice, task.begin + Share::sample(0), Tiling::kChannelsInside ? Share::kPass : Tiling::kChunk),
+  // Samples from one use of the cursor to the next.
+  static constexpr int kStep = Tiling::kChannelsInside ? Share::kPass : Tiling::kChunk;
+
+  __device__ Walk(const Samples& x, const Lattice& lattice, const Task& task, const Step* step)
+      : cursor_(x, lattice, task.begin + Share::sample(0), task.first[0] + Share::channel(0)),
+        step_(step),
         left_(task.samples),
         channel_stride_(x.channel_stride),
         same_(task.same) {
 #pragma unroll
-    for (int o = 0; o < 2; ++o) {
-      channels_[o] = task.channels[o];
-      base_[o] = (task.first[o] + Share::channel(0)) * channel_stride_ + o * lattice.partner;
-    }
+    for (int o = 0; o < 2; ++o) channels_[o] = task.channels[o];
   }
 
   template <typename Use>
   __device__ void chunk(Use use) {
+    const Step step = *step_;
 #pragma unroll
     for (int i = 0; i < Share::kLoads; ++i) {
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
         if (o == 1 && same_) break;
-        const int64_t step = Tiling::kChannelsInside ? 0 : i * Share::kPass * channel_stride_;
-        use(i, o, cursor_.offset() + base_[o] + step, Share::sample(i) < left_ && Share::channel(i) < channels_[o]);
+        const int64_t across = Tiling::kChannelsInside ? 0 : i * Share::kPass * channel_stride_;
+        use(i, o, cursor_.offset() + o * step.partner + across,
+            Share::sample(i) < left_ && Share::channel(i) < channels_[o]);
       }
-      if (Tiling::kChannelsInside) cursor_.advance();
+      if (Tiling::kChannelsInside) cursor_.advance(step);
     }
-    if (!Tiling::kChannelsInside) cursor_.advance();
+    if (!Tiling::kChannelsInside) cursor_.advance(step);
     left_ -= Tiling::kChunk;
   }
 
  private:
   Cursor cursor_;
+  const Step* const step_;
   int left_;  // samples of the task
   const int64_t channel_stride_;
   const bool same_;
   int channels_[2];
-  int64_t base_[2];
 };
 
 // Copies that run by themselves: of 16-bit samples as they are.
@@ -82,8 +85,9 @@ class AsyncStaging {
  public:
   using Staged = typename Tiling::Kind::Staged;
 
-  __device__ AsyncStaging(const Samples& x, const Lattice& lattice, const Task& task, int chunks, Staged* memory)
-      : walk_(x, lattice, task), data_(static_cast<const T*>(x.data)), memory_(memory), chunks_(chunks) {}
+  __device__ AsyncStaging(const Samples& x, const Lattice& lattice, const Task& task, const Step* step, int chunks,
+                          Staged* memory)
+      : walk_(x, lattice, task, step), data_(static_cast<const T*>(x.data)), memory_(memory), chunks_(chunks) {}
 
   __device__ void begin(const float*, float) {
     for (int k = 0; k < kStages - 1; ++k) copy(k);
@@ -134,8 +138,9 @@ class RegisterStaging {
  public:
   using Staged = typename Tiling::Kind::Staged;
 
-  __device__ RegisterStaging(const Samples& x, const Lattice& lattice, const Task& task, int chunks, Staged* memory)
-      : walk_(x, lattice, task),
+  __device__ RegisterStaging(const Samples& x, const Lattice& lattice, const Task& task, const Step* step, int chunks,
+                             Staged* memory)
+      : walk_(x, lattice, task, step),
         data_(x.data),
         dtype_(x.dtype),
         weights_(x.weight == nullptr ? nullptr : x.weight + task.begin),

@@ -1,5 +1,9 @@
 // Patch covariance on the GPU: co-moments of pixels and their partners, lattice by lattice. The map is x itself and a
 // pixel has one tap, itself.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 #include "kernels_cuda.h"
 #include "pair_plan.h"
 
@@ -23,7 +27,13 @@ Samples samples(const PatchCovarianceArgs& args) {
 PairTables tables(const PatchCovarianceArgs& args) {
   const MapView& x = args.x;
   PairTables tables;
-  for (int64_t l = 0; l < args.lattices; ++l) {
+  // The largest come first, so that the blocks of small ones fill the places that are left at the end.
+  std::vector<int64_t> order(args.lattices), number_of(args.lattices);
+  std::iota(order.begin(), order.end(), 0);
+  const auto pixels = [&](int64_t l) { return args.pairs[l].rows * args.pairs[l].columns; };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return pixels(a) > pixels(b); });
+  for (const int64_t l : order) {
+    number_of[l] = tables.lattices.size();
     const PixelPairs& pairs = args.pairs[l];
     tables.lattices.push_back({pairs.top * x.row_stride + pairs.left * x.column_stride,
                                pairs.down * x.row_stride + pairs.right * x.column_stride, pairs.rows, pairs.columns,
@@ -33,7 +43,7 @@ PairTables tables(const PatchCovarianceArgs& args) {
   for (int64_t s = 0; s < args.slots; ++s) {
     Slot slot = {static_cast<int64_t>(tables.entries.size()), 0, 0, 0};
     for (; entry < args.slot_ends[s]; ++entry) {
-      const int64_t number = args.slot_lattices[entry];
+      const int64_t number = number_of[args.slot_lattices[entry]];
       const Lattice& lattice = tables.lattices[number];
       if (lattice.rows == 0 || lattice.columns == 0) continue;
       slot.symmetric = lattice.symmetric;  // as all of a slot are

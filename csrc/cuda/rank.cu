@@ -30,11 +30,19 @@ Matrices matrices(const MapView& x) {
           static_cast<int>(std::min(x.height, x.width))};
 }
 
-int64_t elements(const Matrices& maps) { return int64_t{maps.rows} * maps.columns; }
+// Of those that rank_large is compiled for.
+int chunks(const Matrices& maps) {
+  for (const int most : {2, 4, 7, 8}) {
+    if (maps.rows <= most * kWarp) return most;
+  }
+  return 16;
+}
+
+int64_t elements(const Matrices& maps) { return int64_t{chunks(maps)} * kWarp * maps.columns; }
 
 // The shared memory of a block that has its map there.
 size_t shared_bytes(const Matrices& maps) {
-  return (elements(maps) + LargeMemory::size(maps.rows, maps.columns)) * sizeof(double);
+  return (elements(maps) + LargeMemory::size(chunks(maps) * kWarp, maps.columns)) * sizeof(double);
 }
 
 bool fits(const Matrices& maps) { return shared_bytes(maps) <= max_shared_bytes(); }
@@ -56,7 +64,7 @@ void launch_large(const Matrices& maps, const Tolerances& tolerances, const Rank
     launch(rank_large<kChunks, true>, dim3(maps.count), dim3(kLargeThreads), shared_bytes(maps), stream, maps,
            tolerances, args.workspace, args.ranks);
   } else {
-    const size_t beside = LargeMemory::size(maps.rows, maps.columns) * sizeof(double);
+    const size_t beside = LargeMemory::size(kChunks * kWarp, maps.columns) * sizeof(double);
     launch(rank_large<kChunks, false>, dim3(blocks_with_workspace(maps)), dim3(kLargeThreads), beside, stream, maps,
            tolerances, args.workspace, args.ranks);
   }
@@ -81,11 +89,13 @@ void feature_map_rank(const RankArgs& args, cudaStream_t stream) {
     launch_small<Team<4, 4, 4, 4>>(maps, tolerances, args.ranks, stream);
   } else if (maps.rows <= 32) {
     launch_small<Team<4, 8, 8, 4>>(maps, tolerances, args.ranks, stream);
-  } else if (maps.rows <= 64) {
+  } else if (chunks(maps) == 2) {
     launch_large<2>(maps, tolerances, args, stream);
-  } else if (maps.rows <= 128) {
+  } else if (chunks(maps) == 4) {
     launch_large<4>(maps, tolerances, args, stream);
-  } else if (maps.rows <= 256) {
+  } else if (chunks(maps) == 7) {
+    launch_large<7>(maps, tolerances, args, stream);
+  } else if (chunks(maps) == 8) {
     launch_large<8>(maps, tolerances, args, stream);
   } else {
     launch_large<16>(maps, tolerances, args, stream);
