@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import covariance_case
+import gpu_launches
 import h200
 import launches  # with which the folder of the tests can be imported from
 import patch_covariance_case
 import results
 from cases import DTYPES, LAYOUTS
-from cuda_compiler import SOURCES, compile_for
+from cuda_compiler import SOURCES, Resources, compile_for
 from gpu import kernels_digest
 from gpu_covariance import IMAGES
 from gpu_timings import MAPS, SHAPES
+from h200 import Least
 from kernel_loops import Code, Counts, Lattices, block_samples, chunk_counts, pair_chunks, rank_large, rank_small, times
 from launches import Launch, Launches
 from machine_code import disassembled, number
@@ -48,12 +50,7 @@ def estimates() -> dict[str, Any]:
         *(kernels.streaming("moments", 1, *one) for one in itertools.product(SHAPES, DTYPES, LAYOUTS)),
         *(kernels.rank(side, count) for side, (count, _) in MAPS.items()),
     ]
-    used = {one["kernel"] for one in rows}
-    return {
-        "kernels_digest": kernels_digest(),
-        "rows": rows,
-        "kernels": {kernel: kernels.describe(kernel) for kernel in sorted(used)},
-    }
+    return {"kernels_digest": kernels_digest(), "rows": rows, "kernels": kernels.described()}
 
 
 def layers(networks: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
@@ -61,18 +58,22 @@ def layers(networks: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, tuple[
     return [(network, (IMAGES[network], *shape)) for network, shapes in networks.items() for shape in shapes]
 
 
+def batch_bytes(inputs: Row) -> int:
+    return math.prod(inputs["shape"]) * SIZE[inputs["dtype"]]
+
+
 class Kernels:
     """What the compiler makes of them, and what an H200 would take at least for what an operator launches."""
 
     def __init__(self) -> None:
         self.codes: dict[str, Code] = {}
-        self.resources: dict[str, Any] = {}
-        self.launched: dict[str, Launch] = {}
+        self.compiled: list[Resources] = []
         with tempfile.TemporaryDirectory() as folder:
             for source in track(SOURCES, "compiling"):
                 compiled = compile_for(source, ARCHITECTURE, Path(folder))
                 self.codes |= disassembled(compiled.cubin)
-                self.resources |= {one.kernel: one for one in compiled.kernels}
+                self.compiled += compiled.kernels
+        self.registers = {one.kernel: one for one in self.compiled}
 
     def covariance(self, layer: tuple[str, tuple[int, ...]], dtype: str, layout: str) -> Row:
         """The outputs of a convolution."""
@@ -105,12 +106,11 @@ class Kernels:
     ) -> Row:
         """Both covariances: a warp's work for a chunk of samples, as often as there are chunks and warps."""
         launch = main_launch(launched)
-        batch, flops = math.prod(inputs["shape"]) * SIZE[inputs["dtype"]], h200.TENSOR_FLOPS[inputs["dtype"]]
         chunks = pair_chunks(entries, lattices, launch.kernel)
         counts = times(chunk_counts(self.codes[launch.kernel], launch.kernel), chunks)
-        least = {"memory": (batch + 2 * state) / h200.BYTES_PER_SECOND, "products": 2 * multiply_adds / flops}
+        least = Least(batch_bytes(inputs) + 2 * state, 2 * multiply_adds, inputs["dtype"])
         blocks = block_samples(entries, lattices, launch)
-        return self.row(inputs, launched, least, batch + 2 * state + 2 * launched.workspace_bytes, counts, blocks)
+        return self.row(inputs, launched, least, counts, blocks)
 
     def streaming(self, operator: str, operands: int, shape: tuple[int, ...], dtype: str, layout: str) -> Row:
         """One read of each operand, in the loop with the widest loads."""
@@ -120,79 +120,71 @@ class Kernels:
         loop = code.counts(code.innermost(widest))
         loaded = sum(32 * h200.access_bytes(opcode) * count for opcode, count in loop.items() if "LDG" in opcode)
         inputs = {"operator": operator, "shape": shape, "dtype": dtype, "layout": layout}
-        least = {"memory": moved / h200.BYTES_PER_SECOND}
-        return self.row(inputs, launched, least, moved + 2 * launched.workspace_bytes, times(loop, moved / loaded))
+        return self.row(inputs, launched, Least(moved), times(loop, moved / loaded))
 
     def rank(self, side: int, count: int) -> Row:
         """The operations are those of bringing a map to bidiagonal form, in float64."""
         launched = launches.rank(side, count)
         launch = main_launch(launched)
-        code, moved = self.codes[launch.kernel], 4 * side * side * count
-        counts = times((rank_small if side <= 32 else rank_large)(code, launch.kernel, side), count)
-        least = {
-            "memory": moved / h200.BYTES_PER_SECOND,
-            "float64": 8 / 3 * side**3 * count / h200.PLAIN_FLOPS["float64"],
-        }
+        of_map = (rank_small if side <= 32 else rank_large)(self.codes[launch.kernel], launch.kernel, side)
         inputs = {"operator": "rank", "shape": (1, count, side, side), "dtype": "float32"}
-        return self.row(inputs, launched, least, moved, counts)
+        least = Least(batch_bytes(inputs), 8 / 3 * side**3 * count, "float64")
+        return self.row(inputs, launched, least, times(of_map, count))
 
     def row(
-        self,
-        inputs: Row,
-        launched: Launches,
-        least: dict[str, float],
-        moved: float,
-        counts: Counts,
-        blocks: list[int] | None = None,
+        self, inputs: Row, launched: Launches, least: Least, counts: Counts, blocks: list[int] | None = None
     ) -> Row:
         """One input: `counts` are all instructions of the main kernel's loops, of all warps together.
 
         `blocks` says how much work each block has, if not all have the same.
         """
         launch = main_launch(launched)
-        self.launched[launch.kernel] = launch
+        records = 0 if inputs["operator"] == "rank" else 2 * launched.workspace_bytes
         if "rank_large" in launch.kernel:
             blocks = [1] * inputs["shape"][1]  # those with a workspace take one map after another
         busy = busy_share(blocks or [1] * launch.blocks, h200.MULTIPROCESSORS * self.resident(launch))
         at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND * busy
         seconds = {unit: clocks / at_once for unit, clocks in h200.clocks(counts).items()}
-        seconds["memory"] = moved / h200.BYTES_PER_SECOND
-        bound, waits_for = (max(some, key=some.__getitem__) for some in (least, seconds))
-        copying = 2 * math.prod(inputs["shape"]) * SIZE[inputs["dtype"]] / h200.BYTES_PER_SECOND * launched.copied
+        seconds["memory"] = (least.bytes + records) / h200.BYTES_PER_SECOND
+        waits_for = max(seconds, key=seconds.__getitem__)
+        copying = 2 * batch_bytes(inputs) / h200.BYTES_PER_SECOND * launched.copied
         return {
             **inputs,
             "kernel": launch.kernel,
             "launches": len(launched.launches) + launched.copied,
             "blocks": launch.blocks,
-            "workspace_bytes": launched.workspace_bytes,
-            "bound": bound,
-            "least_seconds": least[bound],
-            "waits_for": waits_for,
             "busy": busy,
+            "workspace_bytes": launched.workspace_bytes,
+            "least": asdict(least),
+            "least_seconds": least.seconds(h200.BYTES_PER_SECOND, {**h200.PLAIN_FLOPS, **h200.TENSOR_FLOPS}),
+            "waits_for": waits_for,
             "seconds": seconds[waits_for] + copying,
-            "share": least[bound] / (seconds[waits_for] + copying),
         }
 
     def resident(self, launch: Launch) -> int:
         """Blocks of this launch that a multiprocessor holds at once."""
-        resources = self.resources[launch.kernel]
+        resources = self.registers[launch.kernel]
         return h200.resident_blocks(launch.threads, resources.registers, resources.shared + launch.shared_bytes)
 
-    def describe(self, kernel: str) -> Row:
-        """What the compiler and the machine code say of a kernel."""
-        launch, counts = self.launched[kernel], self.codes[kernel].counts()
-        blocks = self.resident(launch)
-        return {
-            **{key: value for key, value in asdict(self.resources[kernel]).items() if key not in ("kernel", "stack")},
-            "threads": launch.threads,
-            "dynamic_shared": launch.shared_bytes,
-            "blocks_per_multiprocessor": blocks,
-            "occupancy": blocks * launch.threads / 2048,
-            "instructions": sum(counts.values()),
-            "loads": {one: count for one, count in counts.items() if one.startswith(("LDG", "LDSM"))},
-            "matrix": {one: count for one, count in counts.items() if one.startswith("HMMA")},
-            "local": number(counts, "LDL", "STL"),
-        }
+    def described(self) -> list[Row]:
+        """What the compiler and the machine code say of every kernel, and how one of its launches fills the device."""
+        launched = {launch.kernel: launch for one in gpu_launches.recorded() for launch in one.launches}
+        rows = []
+        for resources in self.compiled:
+            counts, launch = self.codes[resources.kernel].counts(), launched.get(resources.kernel)
+            row = {
+                **asdict(resources),
+                "instructions": sum(counts.values()),
+                "loads": {one: count for one, count in counts.items() if one.startswith(("LDG", "LDSM"))},
+                "matrix": {one: count for one, count in counts.items() if one.startswith("HMMA")},
+                "local": number(counts, "LDL", "STL"),
+            }
+            if launch is not None:
+                blocks = self.resident(launch)
+                row |= {"threads": launch.threads, "dynamic_shared": launch.shared_bytes}
+                row |= {"blocks_per_multiprocessor": blocks, "occupancy": blocks * launch.threads / 2048}
+            rows.append(row)
+        return rows
 
 
 def main_launch(launched: Launches) -> Launch:

@@ -148,6 +148,16 @@ def all_ranks() -> Iterator[Call]:
 CALLS: tuple[Callable[[], Iterator[Call]], ...] = (covariances, patch_covariances, channel_sums, all_ranks)
 
 
+def recorded() -> list[Any]:
+    """What all calls would launch on an H200 (launches.py)."""
+    import launches
+
+    found: list[launches.Launches] = []
+    for call in itertools.chain.from_iterable(kind() for kind in CALLS):
+        call(launches.recording(found), lambda x: x)
+    return found
+
+
 def copied_to(device: str) -> Place:
     """Copies a tensor with its strides; the memory ends where its last element does."""
 

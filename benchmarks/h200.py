@@ -1,6 +1,7 @@
 """What an H200 can do, by its datasheet and the CUDA programming guide."""
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
 """SHARED_BYTES: what a block can have; a multiprocessor has a KiB more for each block."""
@@ -29,6 +30,19 @@ SHARED_ACCESSES, GLOBAL_ACCESSES = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "ST
 SHARED_BYTES_PER_CLOCK = 128
 CACHE_BYTES_PER_CLOCK = 5120 / MULTIPROCESSORS
 """Of the second-level cache: the A100's, by its whitepaper; no later figure is published."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """What an operator must do: bytes to move, and operations, whose rate is that of this dtype."""
+
+    bytes: float
+    operations: float = 0
+    dtype: str = "float32"
+
+    def seconds(self, bytes_per_second: float, flops: dict[str, float]) -> float:
+        """Whichever takes longer."""
+        return max(self.bytes / bytes_per_second, self.operations / flops[self.dtype])
 
 
 def clocks(counts: Counter[str]) -> dict[str, float]:

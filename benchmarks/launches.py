@@ -12,13 +12,15 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from cases import LAYOUTS
 from h200 import MULTIPROCESSORS, SHARED_BYTES
 from torch import Tensor
 
-from pcafast.patches import Patches
+from pcafast.patches import Layout, Patches
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -98,24 +100,48 @@ planner = functools.cache(Planner)
 
 
 def covariance(shape: Shape, dtype: str, layout: str) -> Launches:
-    copied = layout == "channels first" and shape[1] % 4 == 0 and shape[1] > 64 and math.prod(shape[2:]) % 4 > 0
-    args = CovarianceArgs(channel_view(shape, dtype, "channels last" if copied else layout), None, 1, 1.0)
-    return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied=copied)
+    return of_covariance(maps(shape, dtype, layout))
 
 
 def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Launches:
-    """Of a 3x3 kernel with padding 1; where there are few channels, without torch's launches that make the patches."""
+    """Of a 3x3 kernel with padding 1."""
     x = maps(shape, dtype, layout)
-    of = Patches.of(3, stride, 1).layout(x, 1)
+    return of_patch_covariance(x, Patches.of(3, stride, 1).layout(x, 1), 1)
+
+
+def taylor(shape: Shape, dtype: str, layout: str) -> Launches:
+    return of_taylor(maps(shape, dtype, layout), maps(shape, dtype, layout))
+
+
+def moments(shape: Shape, dtype: str, layout: str) -> Launches:
+    return of_moments(maps(shape, dtype, layout))
+
+
+def rank(side: int, count: int) -> Launches:
+    """Of so many square maps of float32."""
+    return of_rank(maps((1, count, side, side), "float32", "channels first"))
+
+
+def maps(shape: Shape, dtype: str, layout: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[layout])
+
+
+def of_covariance(x: Tensor, groups: int = 1, weight: Tensor | None = None) -> Launches:
+    fits = x.ndim < 3 or x.shape[1] <= 64 or math.prod(x.shape[2:]) % 4 == 0
+    inside, copied = with_channels_inside(x, fits)
+    args = CovarianceArgs(view(inside), None if weight is None else weight.data_ptr(), groups, 1.0)
+    return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied=copied)
+
+
+def of_patch_covariance(x: Tensor, of: Layout, groups: int) -> Launches:
+    """Without torch's launches that make the patches where there are few channels."""
     if len(of.taps) > 1:  # as csrc/ops.cpp does, a tensor of all patches, and the covariance of its pixels
         rows, columns = of.rectangles[0, 2:4].tolist()
-        x = maps((shape[0], shape[1] * len(of.taps), rows, columns), dtype, "channels first")
-        layout, of = "channels first", Patches.of(1).layout(x, 1)
-    copied = layout == "channels first" and x.shape[1] % 4 == 0
-    if copied:
-        x = maps(tuple(x.shape), dtype, "channels last")
+        x = torch.empty((len(x), x.shape[1] * len(of.taps), rows, columns), dtype=x.dtype, device="meta")
+        of = Patches.of(1).layout(x, groups)
+    inside, copied = with_channels_inside(x, False)
     args = PatchCovarianceArgs(
-        MapView.of(x),
+        MapView.of(inside),
         *x.shape[2:],
         None,
         None,
@@ -127,36 +153,50 @@ def patch_covariance(shape: Shape, dtype: str, layout: str, stride: int) -> Laun
         len(of.slot_ends),
         of.slot_ends.data_ptr(),
         of.slot_rectangles.data_ptr(),
-        1,
+        groups,
         of.patches,
     )
     planned = planner("patch_covariance").plan("patch_covariance_workspace", "patch_covariance_update", args)
     return replace(planned, copied=copied)
 
 
-def taylor(shape: Shape, dtype: str, layout: str) -> Launches:
-    view = channel_view(shape, dtype, layout)
-    return planner("taylor").plan("taylor_workspace", "taylor_update", TaylorArgs(view, view, 1.0))
+def of_taylor(activation: Tensor, gradient: Tensor) -> Launches:
+    args = TaylorArgs(view(activation), view(gradient), 1.0)
+    return planner("taylor").plan("taylor_workspace", "taylor_update", args)
 
 
-def moments(shape: Shape, dtype: str, layout: str) -> Launches:
-    args = MomentsArgs(channel_view(shape, dtype, layout))
-    return planner("moments").plan("channel_moments_workspace", "channel_moments_update", args)
+def of_moments(x: Tensor) -> Launches:
+    return planner("moments").plan("channel_moments_workspace", "channel_moments_update", MomentsArgs(view(x)))
 
 
-def rank(side: int, count: int) -> Launches:
-    """Of so many square maps of float32."""
-    args = RankArgs(MapView.of(maps((1, count, side, side), "float32", "channels first")), 0.0, 0.0)
-    return planner("rank").plan("rank_workspace", "rank", args)
+def of_rank(maps: Tensor) -> Launches:
+    return planner("rank").plan("rank_workspace", "rank", RankArgs(MapView.of(maps), 0.0, 0.0))
 
 
-def maps(shape: Shape, dtype: str, layout: str) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[layout])
+def with_channels_inside(x: Tensor, positions_fit: bool) -> tuple[Tensor, bool]:
+    """As csrc/ops.cpp copies a batch."""
+    copied = x.ndim > 2 and x.stride(1) != 1 and x.shape[1] % 4 == 0 and not positions_fit
+    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if copied else x), copied
 
 
-def channel_view(shape: Shape, dtype: str, layout: str) -> ChannelView:
+def view(x: Tensor) -> ChannelView:
     """As csrc/ops.cpp makes it; one position has the stride 1."""
-    x = maps(shape, dtype, layout)
-    flat = x.flatten(2)
-    position_stride = flat.stride(2) if flat.shape[2] > 1 else 1
-    return ChannelView.of(flat.as_strided(flat.shape, (*x.stride()[:2], position_stride)))
+    flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+    step = flat.stride(2) if flat.shape[2] > 1 else 1
+    return ChannelView.of(flat.as_strided(flat.shape, (*flat.stride()[:2], step)))
+
+
+def recording(calls: list[Launches]) -> SimpleNamespace:
+    """In place of ``torch.ops.pcafast``: adds what every operator would launch."""
+
+    def patches(x: Tensor, *arguments: Any) -> None:
+        of, groups = Layout(*arguments[:8], members=torch.empty(0)), arguments[8]
+        calls.append(of_patch_covariance(x, of, groups))
+
+    return SimpleNamespace(
+        covariance_update_=lambda x, _, groups, scale, weight, *state: calls.append(of_covariance(x, groups, weight)),
+        patch_covariance_update_=patches,
+        taylor_update_=lambda activation, gradient, *_: calls.append(of_taylor(activation, gradient)),
+        channel_moments_update_=lambda x, *_: calls.append(of_moments(x)),
+        feature_map_rank=lambda maps, rtol, atol: calls.append(of_rank(maps)),
+    )

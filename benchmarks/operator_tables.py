@@ -213,28 +213,6 @@ def hrank() -> str:
     )
 
 
-def cuda_estimates() -> str:
-    """What the CUDA kernels of rank take by count."""
-    rows = [
-        [f"{size}x{size}", f"{row['seconds'] * 1e9:,.1f} ns", row["waits_for"]]
-        for size, row in results.read("cuda_estimates")["rank"].items()
-    ]
-    return table(["map", "time per map", "unit at its limit"], rows)
-
-
-def cuda_pair_estimates() -> str:
-    """What the CUDA kernels of the two covariances take by count."""
-    rows = [
-        [
-            *(sizes(row["shape"]), row["dtype"]),
-            *(f"{row[what] * 1e6:,.0f} us" for what in ("read", "covariance", "patch_covariance", "product")),
-        ]
-        for row in results.read("cuda_estimates")["pairs"]
-    ]
-    titles = ["batch", "dtype", "one read", "covariance", "patch covariance, 3x3", "torch's product of channels"]
-    return table(titles, rows, texts=2)
-
-
 def environments() -> str:
     """What made each result file, and where."""
     rows = []
@@ -250,7 +228,6 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(speed, covariance_speed, patch_covariance_speed, covariance_memory, patch_covariance_memory, memory_summary),
-        *(rank_speed, taylor_speed, moments_speed, hrank, cuda_estimates),
-        *(cuda_pair_estimates, environments),
+        *(rank_speed, taylor_speed, moments_speed, hrank, environments),
     )
 }

@@ -1,7 +1,8 @@
 """Renders the tables of the documents from the result files.
 
-In a document, a table stands between <!-- NAME --> and <!-- end -->, NAME being a function below or in operator_tables.
-``python benchmarks/render.py`` writes them anew; with ``--check`` it only says whether they are up to date.
+In a document, a table stands between <!-- NAME --> and <!-- end -->, NAME being a function below, in operator_tables or
+in cuda_tables. ``python benchmarks/render.py`` writes them anew; with ``--check`` it only says whether they are up to
+date.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import cuda_tables
 import operator_tables
 import results
 from tables import paragraph, table
@@ -150,6 +152,7 @@ def recipe(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **operator_tables.TABLES,
+    **cuda_tables.TABLES,
     **{
         file: partial(recipe, name)
         for name in RECIPES

@@ -145,7 +145,7 @@ def code_of(text: str) -> Code:
     for label, instruction in lines:
         if label:
             labels[label] = len(printed)
-        else:
+        elif not instruction.startswith("@!PT "):  # which is never executed
             printed.append(instruction)
     instructions = []
     for one in printed:

@@ -50,7 +50,7 @@ struct Place {
 };
 
 // Where a block's next samples are: the same for all threads, which keep it in shared memory.
-struct Step {
+struct alignas(16) Step {
   int64_t columns, offset;         // of the lattice; from a sample to the one `samples` further on
   int64_t next_row, next_example;  // added to the offset at the end of a row, and of an example
   int64_t partner;                 // from a sample of the left tile to its partner of the right one
