@@ -127,7 +127,7 @@ def maps(shape: Shape, dtype: str, layout: str) -> Tensor:
 
 
 def of_covariance(x: Tensor, groups: int = 1, weight: Tensor | None = None) -> Launches:
-    fits = x.ndim < 3 or x.shape[1] <= 64 or math.prod(x.shape[2:]) % 4 == 0
+    fits = x.ndim < 3 or x.shape[1] <= 64 or weight is not None or math.prod(x.shape[2:]) % 4 == 0
     inside, copied = with_channels_inside(x, fits)
     args = CovarianceArgs(view(inside), None if weight is None else weight.data_ptr(), groups, 1.0)
     return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied=copied)
@@ -137,9 +137,13 @@ def of_patch_covariance(x: Tensor, of: Layout, groups: int) -> Launches:
     """Without torch's launches that make the patches where there are few channels."""
     if len(of.taps) > 1:  # as csrc/ops.cpp does, a tensor of all patches, and the covariance of its pixels
         rows, columns = of.rectangles[0, 2:4].tolist()
-        x = torch.empty((len(x), x.shape[1] * len(of.taps), rows, columns), dtype=x.dtype, device="meta")
+        layout = "channels first" if columns % 4 == 0 else "channels last"
+        x = maps((len(x), x.shape[1] * len(of.taps), rows, columns), str(x.dtype).split(".")[-1], layout)
         of = Patches.of(1).layout(x, groups)
-    inside, copied = with_channels_inside(x, False)
+    edges = of.rectangles[:, [1, 3, 5]]
+    strides_fit = x.stride(3) == 1 and all(stride % 4 == 0 for stride in x.stride()[:3])
+    fits = strides_fit and int(of.steps[1]) == 1 and bool((edges % 4 == 0).all())
+    inside, copied = with_channels_inside(x, fits)
     args = PatchCovarianceArgs(
         MapView.of(inside),
         *x.shape[2:],

@@ -407,7 +407,7 @@ void covariance_update_cuda(const Tensor& x, int64_t channel_dim, int64_t groups
                             const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
                             Tensor& skipped) {
   const c10::cuda::CUDAGuard device(x.device());
-  const bool few = channel_dim != 1 || x.dim() < 3 || x.size(1) <= 64;
+  const bool few = channel_dim != 1 || x.dim() < 3 || x.size(1) <= 64 || weight.has_value();  // weighted ones anyway
   const bool positions_fit = few || x.numel() / std::max<int64_t>(x.size(0) * x.size(1), 1) % 4 == 0;
   covariance_update(
       cuda::covariance_workspace,
@@ -424,12 +424,20 @@ void patch_covariance_update_cuda(const Tensor& x, const Tensor& source_rows, co
                                   Tensor& comoment, Tensor& skipped) {
   const c10::cuda::CUDAGuard device(x.device());
   const auto update = [&](const Tensor& maps, const Tensor& tap, const Tensor& step, const Tensor& lattices) {
+    // Whether all rows of pixels and of their partners begin and end at multiples of four.
+    const auto four = [](int64_t number) { return number % 4 == 0; };
+    bool positions_fit = maps.stride(3) == 1 && step[1].item<int64_t>() == 1 && four(maps.stride(0)) &&
+                         four(maps.stride(1)) && four(maps.stride(2));
+    const auto* const pairs = reinterpret_cast<const PixelPairs*>(lattices.const_data_ptr<int64_t>());
+    for (int64_t l = 0; l < lattices.size(0); ++l) {
+      positions_fit &= four(pairs[l].left) && four(pairs[l].columns) && four(pairs[l].right);
+    }
     patch_covariance_update(
         cuda::patch_covariance_workspace,
         [](const PatchCovarianceArgs& args) { cuda::patch_covariance_update(args, c10::cuda::getCurrentCUDAStream()); },
-        with_channels_inside(maps, false), at::arange(maps.size(2), at::kLong), at::arange(maps.size(3), at::kLong),
-        tap, step, lattices, slot_ends, slot_rectangles, patches_per_example, groups, patches, count, left, right,
-        comoment, skipped);
+        with_channels_inside(maps, positions_fit), at::arange(maps.size(2), at::kLong),
+        at::arange(maps.size(3), at::kLong), tap, step, lattices, slot_ends, slot_rectangles, patches_per_example,
+        groups, patches, count, left, right, comoment, skipped);
   };
   // The tables lead nowhere outside of x: only then are they followed.
   const PatchCovarianceArgs args =
@@ -447,13 +455,17 @@ void patch_covariance_update_cuda(const Tensor& x, const Tensor& source_rows, co
   }
   if (args.taps == 1) return update(maps, taps, steps, rectangles);
   const auto& [top, first_column, rows, columns, down, across] = args.pairs[0];
+  // Positions side by side, or if their rows are not of multiples of four, channels.
+  const int64_t channel_dim = columns % 4 == 0 ? 1 : 3;
   std::vector<Tensor> shifted;
   for (int64_t tap = 0; tap < args.taps; ++tap) {
     const int64_t row = top + args.tap_offsets[2 * tap], column = first_column + args.tap_offsets[2 * tap + 1];
     shifted.push_back(maps.slice(2, row, row + (rows - 1) * args.row_step + 1, args.row_step)
-                          .slice(3, column, column + (columns - 1) * args.column_step + 1, args.column_step));
+                          .slice(3, column, column + (columns - 1) * args.column_step + 1, args.column_step)
+                          .movedim(1, channel_dim));
   }
-  update(at::stack(shifted, 2).flatten(1, 2), at::zeros({1, 2}, at::kLong), at::ones({2}, at::kLong),
+  const Tensor all = at::stack(shifted, channel_dim + 1).flatten(channel_dim, channel_dim + 1).movedim(channel_dim, 1);
+  update(all, at::zeros({1, 2}, at::kLong), at::ones({2}, at::kLong),
          at::tensor({int64_t{0}, int64_t{0}, rows, columns, int64_t{0}, int64_t{0}}, at::kLong).view({1, 6}));
 }
 

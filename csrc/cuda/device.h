@@ -20,6 +20,7 @@ namespace pcafast::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr size_t kSharedBytesOfBlock = 1 << 10;
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -35,6 +36,14 @@ inline size_t max_shared_bytes() {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// How many it has for all of its blocks, each of which takes kSharedBytesOfBlock for itself.
+inline size_t shared_bytes_of_multiprocessor() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   return bytes;
 }
 

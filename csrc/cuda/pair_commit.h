@@ -5,7 +5,7 @@
 
 namespace pcafast::cuda {
 
-constexpr unsigned kCommitRows = 16;  // rows of threads of a block
+constexpr unsigned kCommitRows = 16;  // rows of threads of a block, at most
 
 __device__ inline int last_pass(const PairBatch& batch) { return second_pass(batch.verdicts[0], batch.x.dtype); }
 __device__ inline bool is_finite(const PairBatch& batch) { return batch.verdicts[last_pass(batch)].nonfinite == 0; }
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kWarp* kCommitRows)
     commit_products(PairBatch batch, PairState state, unsigned shares) {
   __shared__ double shared[kCommitRows][kWarp];
   const unsigned width = batch.x.channels / batch.x.groups, strips = (width + kWarp - 1) / kWarp;
-  const unsigned rows = kCommitRows / shares, line = blockIdx.x / strips, strip = blockIdx.x % strips;
+  const unsigned rows = blockDim.y / shares, line = blockIdx.x / strips, strip = blockIdx.x % strips;
   const unsigned lines = (width + rows - 1) / rows, group = line / lines, first_row = line % lines * rows;
   const unsigned row = first_row + threadIdx.y / shares, share = threadIdx.y % shares;
   const unsigned column = strip * kWarp + threadIdx.x;

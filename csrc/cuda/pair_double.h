@@ -8,7 +8,7 @@ namespace pcafast::cuda {
 struct Double {
   using Staged = double;
   using Sum = double;
-  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30, kResident = 2, kSums = 1;
+  static constexpr int kChunk = 16, kStages = 2, kDrain = 1 << 30, kResident = 3, kSums = 1;
   static constexpr int kPadOfChannels = 2, kPadOfSamples = 2;
 
   // Lane 8 r + c has rows r, r + 4, ... and columns c, c + 8, ...

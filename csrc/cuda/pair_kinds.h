@@ -3,7 +3,7 @@
 //   Staged      an element in shared memory
 //   Sum         what products are added up in at first
 //   kChunk      samples that are in shared memory together;  kStages: of such chunks there are so many
-//   kResident   blocks of 64 x 64 channels that share a multiprocessor, at least
+//   kResident   blocks of 64 x 64 channels that a multiprocessor has registers for, if loads are wide
 //   kDrain      after how many chunks the sums are added to those in memory
 //   kSums       sums of channels that a thread keeps in shared memory, since registers are scarce
 //   Warp        adds up: multiply(a, b) and add_sums(tile) chunk by chunk, drain and write_sums write the results

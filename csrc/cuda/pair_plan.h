@@ -27,6 +27,7 @@ struct PairBatch {
   int64_t blocks;
   int tile;               // channels
   int64_t bundle, tiles;  // channels that are multiplied with each other, and tiles of them
+  int64_t bundles;
 
   Verdict* verdicts;  // of the first and the second pass
   double* weight;     // sum of the weights, if x has any
@@ -37,7 +38,6 @@ struct PairBatch {
   double *left, *right, *square;  // [slots][channels]: means about the shift; sums of squares of symmetric slots
   double* records;                // of each block
 
-  __host__ __device__ int64_t bundles() const { return (x.channels + bundle - 1) / bundle; }
   __host__ __device__ int64_t pairs(bool symmetric) const {
     return symmetric ? tiles * (tiles + 1) / 2 : tiles * tiles;
   }
@@ -51,7 +51,7 @@ struct PairBatch {
   __host__ __device__ int64_t record_size() const { return 2 * tile + int64_t{tile} * tile / (is_double() ? 1 : 2); }
   __device__ double* record(int64_t block) const { return records + block * record_size(); }
   __device__ const double* record(const Lattice& lattice, int64_t piece, int64_t of_bundle, int64_t pair) const {
-    return record(lattice.first_block + (piece * bundles() + of_bundle) * pairs(lattice.symmetric) + pair);
+    return record(lattice.first_block + (piece * bundles + of_bundle) * pairs(lattice.symmetric) + pair);
   }
   __device__ double product(const double* record, int64_t row, int64_t column) const {
     const double* const products = record + 2 * tile;

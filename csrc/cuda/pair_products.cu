@@ -18,24 +18,18 @@ bool is_raw(const Samples& x) {
 
 int64_t samples_of(const Samples& x, const Lattice& lattice) { return x.examples * lattice.rows * lattice.columns; }
 
-// Blocks that are on the device together, about.
-int64_t wave(const PairBatch& batch) {
-  const int on_multiprocessor = batch.tile > 64 || batch.is_double() ? 2 : is_raw(batch.x) ? 5 : 3;
-  return int64_t{multiprocessors()} * on_multiprocessor;
-}
-
 int64_t whole_chunks(int64_t samples) { return std::max<int64_t>(ceil_div(samples, kWarp), 1) * kWarp; }
 
 // Samples of a piece, such that little of the device is idle while the last wave of blocks runs. A block costs as much
 // as kBeside samples more, for its start and its record. With more than kMost, sums in float would lose accuracy.
-int64_t piece_size(const PairBatch& batch, const std::vector<Lattice>& lattices) {
+int64_t piece_size(const PairBatch& batch, const std::vector<Lattice>& lattices, int64_t at_once) {
   constexpr int64_t kBeside = 256, kMost = 1 << 16, kMoreWaves = 4;
   // Several blocks of little work, which come last, go for one.
   const auto blocks = [&](int64_t piece) {
     int64_t whole = 0, rest = 0;
     for (const Lattice& lattice : lattices) {
       const int64_t samples = samples_of(batch.x, lattice), pieces = ceil_div(samples, piece);
-      const int64_t pairs = batch.bundles() * batch.pairs(lattice.symmetric);
+      const int64_t pairs = batch.bundles * batch.pairs(lattice.symmetric);
       (2 * samples >= piece ? whole : rest) += pairs * (2 * samples >= piece ? pieces : samples + kBeside);
     }
     return whole + ceil_div(rest, piece + kBeside);
@@ -43,46 +37,22 @@ int64_t piece_size(const PairBatch& batch, const std::vector<Lattice>& lattices)
   int64_t longest = 1, work = 0;
   for (const Lattice& lattice : lattices) {
     longest = std::max(longest, samples_of(batch.x, lattice));
-    work += samples_of(batch.x, lattice) * batch.bundles() * batch.pairs(lattice.symmetric);
+    work += samples_of(batch.x, lattice) * batch.bundles * batch.pairs(lattice.symmetric);
   }
   longest = whole_chunks(std::min(longest, kMost));
-  const int64_t at_once = wave(batch), fewest = std::max<int64_t>(blocks(longest) / at_once, 1);
-  int64_t best = longest, least = std::numeric_limits<int64_t>::max();
+  const int64_t fewest = std::max<int64_t>(blocks(longest) / at_once, 1);
+  int64_t best = longest, least = std::numeric_limits<int64_t>::max() / 32;
   for (int64_t waves = fewest; waves < fewest + kMoreWaves; ++waves) {
     int64_t piece = std::min(whole_chunks(ceil_div(work, waves * at_once)), longest);
     while (piece < longest && blocks(piece) > waves * at_once) piece += whole_chunks(piece / 64);
+    piece = std::min(piece, longest);
     const int64_t time = ceil_div(blocks(piece), at_once) * (piece + kBeside);
-    if (time < least) {
+    if (32 * time < 31 * least) {  // more blocks leave more records
       best = piece;
       least = time;
     }
   }
   return best;
-}
-
-// Sizes alone; and how the lattices are cut.
-PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) {
-  const int64_t width = x.channels / x.groups;
-  PairBatch batch = {};
-  batch.x = x;
-  batch.slots = slots;
-  batch.lattice_count = lattices.size();
-  batch.tile = is_raw(x) && width > 64 ? 128 : 64;
-  batch.bundle = width * std::clamp<int64_t>(batch.tile / width, 1, x.groups);
-  batch.tiles = ceil_div(batch.bundle, batch.tile);
-  const int64_t piece = piece_size(batch, lattices);
-  for (Lattice& lattice : lattices) {
-    const int64_t samples = samples_of(x, lattice);
-    lattice.first_block = batch.blocks;
-    lattice.pieces = ceil_div(samples, piece);
-    if (samples == 0) continue;
-    lattice.piece = whole_chunks(ceil_div(samples, lattice.pieces));
-    lattice.pieces = ceil_div(samples, lattice.piece);
-    lattice.inverse_rows = 1.0 / lattice.rows;
-    lattice.inverse_columns = 1.0 / lattice.columns;
-    batch.blocks += lattice.pieces * batch.bundles() * batch.pairs(lattice.symmetric);
-  }
-  return batch;
 }
 
 // Gives all arrays their places from `begin` on; returns the end.
@@ -138,7 +108,7 @@ bool vectors_fit(const PairBatch& batch, const std::vector<Lattice>& lattices, b
   const auto fits = [&](int64_t number) { return number % width == 0; };
   bool fit = reinterpret_cast<uintptr_t>(x.data) % (width * bytes) == 0 && fits(x.example_stride) &&
              fits(x.row_stride) && fits(channels_inside ? x.column_stride : x.channel_stride);
-  if (channels_inside) fit &= fits(x.channels) && (batch.bundles() == 1 || fits(batch.bundle));
+  if (channels_inside) fit &= fits(x.channels) && (batch.bundles == 1 || fits(batch.bundle));
   for (const Lattice& lattice : lattices) {
     if (samples_of(x, lattice) == 0) continue;
     fit &= fits(lattice.first) && fits(lattice.partner) && (channels_inside || fits(lattice.columns));
@@ -146,13 +116,20 @@ bool vectors_fit(const PairBatch& batch, const std::vector<Lattice>& lattices, b
   return fit;
 }
 
+// Launches the kernel that suits a batch, or says how many of its blocks a multiprocessor holds at once.
 struct Pass {
   const PairBatch& batch;
   int number;
   cudaStream_t stream;
+  int64_t* resident;
 
   template <class Tiling, template <class, typename, int> class Staging, typename T, int kWidth>
   void run() const {
+    if (resident != nullptr) {
+      const int64_t by_shared = shared_bytes_of_multiprocessor() / (Tiling::kBytes + kSharedBytesOfBlock);
+      *resident = std::clamp<int64_t>(by_shared, 1, kResident<Tiling, kWidth>);
+      return;
+    }
     launch(multiply_pairs<Tiling, Staging, T, kWidth>, dim3(batch.blocks), dim3(Tiling::kThreads), Tiling::kBytes,
            stream, batch, number);
   }
@@ -194,9 +171,10 @@ struct Pass {
   }
 };
 
-void multiply(const PairBatch& batch, const std::vector<Lattice>& lattices, int number, cudaStream_t stream) {
+void multiply(const PairBatch& batch, const std::vector<Lattice>& lattices, int number, cudaStream_t stream,
+              int64_t* resident = nullptr) {
   const Samples& x = batch.x;
-  const Pass pass{batch, number, stream};
+  const Pass pass{batch, number, stream, resident};
   const bool channels_inside = x.channel_stride == 1 || x.column_stride != 1;
   const auto fit = [&](int width, int bytes) { return vectors_fit(batch, lattices, channels_inside, width, bytes); };
   if (x.dtype == Dtype::kFloat64) {
@@ -211,6 +189,34 @@ void multiply(const PairBatch& batch, const std::vector<Lattice>& lattices, int 
     x.dtype == Dtype::kFloat16 ? pass.halves<Float16>(channels_inside, width)
                                : pass.halves<BFloat16>(channels_inside, width);
   }
+}
+
+// Sizes alone; and how the lattices are cut.
+PairBatch plan(const Samples& x, std::vector<Lattice>& lattices, int64_t slots) {
+  const int64_t width = x.channels / x.groups;
+  PairBatch batch = {};
+  batch.x = x;
+  batch.slots = slots;
+  batch.lattice_count = lattices.size();
+  batch.tile = is_raw(x) && width > 64 ? 128 : 64;
+  batch.bundle = width * std::clamp<int64_t>(batch.tile / width, 1, x.groups);
+  batch.bundles = ceil_div(x.channels, batch.bundle);
+  batch.tiles = ceil_div(batch.bundle, batch.tile);
+  int64_t resident = 0;
+  multiply(batch, lattices, 0, nullptr, &resident);
+  const int64_t piece = piece_size(batch, lattices, multiprocessors() * resident);
+  for (Lattice& lattice : lattices) {
+    const int64_t samples = samples_of(x, lattice);
+    lattice.first_block = batch.blocks;
+    lattice.pieces = ceil_div(samples, piece);
+    if (samples == 0) continue;
+    lattice.piece = whole_chunks(ceil_div(samples, lattice.pieces));
+    lattice.pieces = ceil_div(samples, lattice.piece);
+    lattice.inverse_rows = 1.0 / lattice.rows;
+    lattice.inverse_columns = 1.0 / lattice.columns;
+    batch.blocks += lattice.pieces * batch.bundles * batch.pairs(lattice.symmetric);
+  }
+  return batch;
 }
 
 }  // namespace
@@ -245,8 +251,11 @@ void update_pairs(const Samples& x, const PairTables& tables, const PairState& s
   for (const Lattice& lattice : lattices) pieces = std::max(pieces, lattice.pieces);
   unsigned shares = 1;
   while (shares < kCommitRows && 8 * shares < pieces) shares *= 2;
-  const int64_t width = x.channels / x.groups, lines = x.groups * ceil_div(width, kCommitRows / shares);
-  launch(commit_products, dim3(lines * ceil_div(width, kWarp), slots), dim3(kWarp, kCommitRows), 0, stream, batch,
+  const int64_t width = x.channels / x.groups;
+  unsigned rows = 1;
+  while (rows < kCommitRows / shares && rows < width) rows *= 2;
+  const unsigned lines = x.groups * ceil_div(width, rows);
+  launch(commit_products, dim3(lines * ceil_div(width, kWarp), slots), dim3(kWarp, shares * rows), 0, stream, batch,
          state, shares);
   launch(commit_means, dim3(slots), threads, 0, stream, batch, state);
 }

@@ -24,7 +24,7 @@ struct TilePair {
   unsigned bundle, row, column;
 };
 __device__ inline TilePair this_pair(const PairBatch& batch, const Lattice& lattice) {
-  const unsigned pairs = batch.pairs(lattice.symmetric), bundles = batch.bundles();
+  const unsigned pairs = batch.pairs(lattice.symmetric), bundles = batch.bundles;
   const unsigned index = blockIdx.x - static_cast<unsigned>(lattice.first_block), unit = index / pairs;
   unsigned pair = index - unit * pairs, row = 0;
   for (unsigned length = batch.tiles; pair >= length; ++row) {
@@ -48,8 +48,13 @@ __device__ inline Task task_of(const PairBatch& batch, const Lattice& lattice, c
   return task;
 }
 
+// Blocks that a multiprocessor has registers for.
+template <class Tiling, int kWidth>
+constexpr int kResident =
+    Tiling::kTile == 64 ? (kWidth > 1 ? Tiling::Kind::kResident : 3) : (Tiling::kWarpRows == 64 ? 2 : 1);
+
 template <class Tiling, template <class, typename, int> class Staging, typename T, int kWidth>
-__global__ void __launch_bounds__(Tiling::kThreads, kWidth > 1 ? Tiling::kResident : 1)
+__global__ void __launch_bounds__(Tiling::kThreads, kResident<Tiling, kWidth>)
     multiply_pairs(PairBatch batch, int pass) {
   using Kind = typename Tiling::Kind;
   using Sum = typename Kind::Sum;

@@ -109,13 +109,16 @@ __global__ void __launch_bounds__(kSumThreads) add_channel_sums(PairBatch batch,
   for (int64_t e = slot.begin; e < slot.end; ++e) {
     const Lattice& lattice = batch.lattices[batch.entries[e]];
     const int64_t of_left = batch.pair(slot.symmetric, tile, slot.symmetric ? tile : 0);
-    for (int64_t piece = threadIdx.x % kWarp; piece < lattice.pieces; piece += kWarp) {
-      const double* const record = batch.record(lattice, piece, bundle, of_left);
-      left += record[within];
+    const int64_t apart = batch.record(lattice, kWarp, bundle, of_left) - batch.record(lattice, 0, bundle, of_left);
+    const int lane = threadIdx.x % kWarp;
+    const double* of_row = batch.record(lattice, lane, bundle, of_left);
+    const double* of_column = batch.record(lattice, lane, bundle, tile);
+    for (int rest = lattice.pieces - lane; rest > 0; rest -= kWarp, of_row += apart, of_column += apart) {
+      left += of_row[within];
       if (slot.symmetric) {
-        square += batch.product(record, within, within);
+        square += batch.product(of_row, within, within);
       } else {
-        right += batch.record(lattice, piece, bundle, tile)[side + within];
+        right += of_column[side + within];
       }
     }
   }

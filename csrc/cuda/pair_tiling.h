@@ -13,8 +13,7 @@ struct Tiling {
   using Kind = Kind_;
   static constexpr int kTile = kTile_, kWarpRows = kWarpRows_, kWarpColumns = kTile / 2;
   static constexpr int kThreads = 2 * kTile / kWarpRows * kWarp;
-  static constexpr int kResident = kTile == 64 ? Kind::kResident : kWarpRows / 32;  // blocks on a multiprocessor
-  static constexpr int kChunk = Kind::kChunk;                                       // samples at a time
+  static constexpr int kChunk = Kind::kChunk;  // samples at a time
   static constexpr bool kChannelsInside = kChannelsInside_;
   static constexpr int kInside = kChannelsInside ? kTile : kChunk, kOutside = kChannelsInside ? kChunk : kTile;
   // From row to row, so that what a warp reads at once lies in different banks.

@@ -32,7 +32,7 @@ Matrices matrices(const MapView& x) {
 
 // Of those that rank_large is compiled for.
 int chunks(const Matrices& maps) {
-  for (const int most : {2, 4, 7, 8}) {
+  for (const int most : {2, 3, 4, 5, 7, 8}) {
     if (maps.rows <= most * kWarp) return most;
   }
   return 16;
@@ -91,8 +91,12 @@ void feature_map_rank(const RankArgs& args, cudaStream_t stream) {
     launch_small<Team<4, 8, 8, 4>>(maps, tolerances, args.ranks, stream);
   } else if (chunks(maps) == 2) {
     launch_large<2>(maps, tolerances, args, stream);
+  } else if (chunks(maps) == 3) {
+    launch_large<3>(maps, tolerances, args, stream);
   } else if (chunks(maps) == 4) {
     launch_large<4>(maps, tolerances, args, stream);
+  } else if (chunks(maps) == 5) {
+    launch_large<5>(maps, tolerances, args, stream);
   } else if (chunks(maps) == 7) {
     launch_large<7>(maps, tolerances, args, stream);
   } else if (chunks(maps) == 8) {

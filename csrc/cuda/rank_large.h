@@ -208,7 +208,7 @@ __device__ double load(const Matrices& maps, int64_t map, const LargeMemory& mem
 
 // kChunks * 32 rows at most. If !kFits, workspace has room for one map per block.
 template <int kChunks, bool kFits>
-__global__ void __launch_bounds__(kLargeThreads, kChunks == 2 ? 4 : 1)
+__global__ void __launch_bounds__(kLargeThreads, kFits&& kChunks == 2 ? 4 : 1)
     rank_large(Matrices maps, Tolerances tolerances, double* workspace, int64_t* ranks) {
   constexpr int kHeight = kChunks * kWarp;
   const int columns = maps.columns;

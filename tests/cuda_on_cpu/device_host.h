@@ -111,6 +111,7 @@ inline float __half2float(__half x) {
 namespace pcafast::cuda {
 
 inline size_t max_shared_bytes() { return device_host::max_shared_bytes; }
+inline size_t shared_bytes_of_multiprocessor() { return device_host::max_shared_bytes + (1 << 10); }
 inline int multiprocessors() { return device_host::multiprocessors; }
 
 template <typename... Parameters>
