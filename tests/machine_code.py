@@ -1,10 +1,10 @@
 """The machine code of CUDA kernels: instructions, loops, and what a warp executes when it goes round a loop."""
 
 import functools
-import importlib.util
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ Counts = Counter[str]
 Ways = dict[tuple[int, ...], tuple[int, tuple[range, ...]]]  # by the counts so far: instructions, and blocks
 
 
-def nvdisasm() -> str | None:
-    """NVIDIA's disassembler: of the PATH, beside nvcc, or the one that comes with triton, which torch depends on."""
-    beside = Path(nvcc() or "").parent / "nvdisasm"
-    triton = importlib.util.find_spec("triton")
-    folders = triton.submodule_search_locations if triton else None
-    within = [Path(folder) / "backends/nvidia/bin/nvdisasm" for folder in folders or []]
+def nvdisasm() -> str:
+    """NVIDIA's disassembler: of the PATH, beside nvcc, or of the pip package."""
     found = shutil.which("nvdisasm")
-    return found or next((str(path) for path in (beside, *within) if path.is_file()), None)
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    beside = [Path(nvcc() or "").parent / "nvdisasm", *packages.glob("cu*/bin/nvdisasm")]
+    found = found or next((str(path) for path in beside if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    return found
 
 
 @dataclass
@@ -132,7 +133,7 @@ def number(counts: Counts, *keys: str) -> int:
 
 def disassembled(cubin: Path) -> dict[str, Code]:
     """Every kernel of a compiled file, by its name and template arguments."""
-    printed = subprocess.run([str(nvdisasm()), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels = re.split(r"^\.text\.(\w+):$", printed, flags=re.MULTILINE)[1:]
     return {demangled(symbol): code_of(text) for symbol, text in zip(kernels[::2], kernels[1::2], strict=True)}
 
