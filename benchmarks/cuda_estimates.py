@@ -1,9 +1,10 @@
-"""How near every CUDA kernel can come to an H200's limits, without one: by what it must do, and by its machine code.
+"""How near every CUDA kernel comes to an H200's limits: estimates, from what it must do and from its machine code.
 
 The least time of an operator is that of the bytes it must move or of the operations it must do, whichever is longer, at
-the rates of the datasheet. Its estimated time is the least that its kernels can take: that of the bytes they move, or
-of the unit that the instructions of their loops keep busy longest while whole waves of blocks run, whichever is longer.
-Latencies and launches are not counted, so that what is measured will be more.
+the rates of the datasheet. Its estimated time is that of whatever its main kernel keeps busy longest: memory, the L2
+cache, or a unit that executes the instructions of its loops, while whole waves of blocks run. Latencies, launches and
+the merge of a batch into the state are left out, so that a time that is measured will mostly be longer; where a batch
+stays in the L2 cache it may be shorter.
 
     python benchmarks/cuda_estimates.py
 """
@@ -11,6 +12,7 @@ Latencies and launches are not counted, so that what is measured will be more.
 import heapq
 import itertools
 import math
+import subprocess
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +26,22 @@ import patch_covariance_case
 import results
 from cases import DTYPES, LAYOUTS
 from cuda_compiler import SOURCES, Resources, compile_for
-from gpu import kernels_digest
+from cuda_kernels import nvcc
+from cuda_tables import estimates_digest
 from gpu_covariance import IMAGES
 from gpu_timings import MAPS, SHAPES
 from h200 import Least
-from kernel_loops import Code, Counts, Lattices, block_samples, chunk_counts, pair_chunks, rank_large, rank_small, times
+from kernel_loops import (
+    Code,
+    Counts,
+    Lattices,
+    block_samples,
+    pair_bytes,
+    pair_counts,
+    rank_large,
+    rank_small,
+    scaled,
+)
 from launches import Launch, Launches
 from machine_code import disassembled, number
 from networks import INPUTS, OUTPUTS
@@ -50,7 +63,13 @@ def estimates() -> dict[str, Any]:
         *(kernels.streaming("moments", 1, *one) for one in itertools.product(SHAPES, DTYPES, LAYOUTS)),
         *(kernels.rank(side, count) for side, (count, _) in MAPS.items()),
     ]
-    return {"kernels_digest": kernels_digest(), "rows": rows, "kernels": kernels.described()}
+    return {"digest": estimates_digest(), "nvcc": nvcc_version(), "rows": rows, "kernels": kernels.described()}
+
+
+def nvcc_version() -> str:
+    """Of the compiler whose machine code this is."""
+    printed = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    return printed.splitlines()[-1]
 
 
 def layers(networks: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
@@ -106,11 +125,11 @@ class Kernels:
     ) -> Row:
         """Both covariances: a warp's work for a chunk of samples, as often as there are chunks and warps."""
         launch = main_launch(launched)
-        chunks = pair_chunks(entries, lattices, launch.kernel)
-        counts = times(chunk_counts(self.codes[launch.kernel], launch.kernel), chunks)
+        counts = pair_counts(self.codes[launch.kernel], entries, lattices, launch)
+        cached = pair_bytes(entries, lattices, launch.kernel, SIZE[inputs["dtype"]])
         least = Least(batch_bytes(inputs) + 2 * state, 2 * multiply_adds, inputs["dtype"])
         blocks = block_samples(entries, lattices, launch)
-        return self.row(inputs, launched, least, counts, blocks)
+        return self.row(inputs, launched, least, counts, cached, blocks)
 
     def streaming(self, operator: str, operands: int, shape: tuple[int, ...], dtype: str, layout: str) -> Row:
         """One read of each operand, in the loop with the widest loads."""
@@ -120,7 +139,7 @@ class Kernels:
         loop = code.counts(code.innermost(widest))
         loaded = sum(32 * h200.access_bytes(opcode) * count for opcode, count in loop.items() if "LDG" in opcode)
         inputs = {"operator": operator, "shape": shape, "dtype": dtype, "layout": layout}
-        return self.row(inputs, launched, Least(moved), times(loop, moved / loaded))
+        return self.row(inputs, launched, Least(moved), scaled(loop, moved / loaded), moved)
 
     def rank(self, side: int, count: int) -> Row:
         """The operations are those of bringing a map to bidiagonal form, in float64."""
@@ -128,25 +147,44 @@ class Kernels:
         launch = main_launch(launched)
         of_map = (rank_small if side <= 32 else rank_large)(self.codes[launch.kernel], launch.kernel, side)
         inputs = {"operator": "rank", "shape": (1, count, side, side), "dtype": "float32"}
-        least = Least(batch_bytes(inputs), 8 / 3 * side**3 * count, "float64")
-        return self.row(inputs, launched, least, times(of_map, count))
+        counts = scaled(of_map, count)
+        least = Least(batch_bytes(inputs) + 8 * count, 8 / 3 * side**3 * count, "float64")
+        return self.row(inputs, launched, least, counts, h200.global_bytes(counts))
 
     def row(
-        self, inputs: Row, launched: Launches, least: Least, counts: Counts, blocks: list[int] | None = None
+        self,
+        inputs: Row,
+        launched: Launches,
+        least: Least,
+        counts: Counts,
+        cached: float,
+        blocks: list[int] | None = None,
     ) -> Row:
-        """One input: `counts` are all instructions of the main kernel's loops, of all warps together.
+        """One input.
 
-        `blocks` says how much work each block has, if not all have the same.
+        Args:
+            inputs: its shape and so on.
+            launched: what the operator launches.
+            least: what it must do.
+            counts: all instructions of the main kernel's loops, of all warps together.
+            cached: bytes that this kernel asks the L2 cache for.
+            blocks: how much work each block has, if not all have the same.
         """
         launch = main_launch(launched)
-        records = 0 if inputs["operator"] == "rank" else 2 * launched.workspace_bytes
         if "rank_large" in launch.kernel:
             blocks = [1] * inputs["shape"][1]  # those with a workspace take one map after another
-        busy = busy_share(blocks or [1] * launch.blocks, h200.MULTIPROCESSORS * self.resident(launch))
+        resident = self.resident(launch)
+        busy = busy_share(blocks or [1] * launch.blocks, resident)
         at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND * busy
         seconds = {unit: clocks / at_once for unit, clocks in h200.clocks(counts).items()}
-        seconds["memory"] = (least.bytes + records) / h200.BYTES_PER_SECOND
-        waits_for = max(seconds, key=seconds.__getitem__)
+        # What blocks leave in the workspace, or keep there, is written and read.
+        kept = cached if inputs["operator"] == "rank" else 2 * launched.workspace_bytes
+        moved = least.moved_bytes
+        if launched.workspace_bytes + (0 if inputs["operator"] == "rank" else moved) > h200.CACHE_BYTES:
+            moved += kept
+        seconds["memory"] = moved / h200.BYTES_PER_SECOND
+        seconds["cache"] = (cached + kept) / h200.CACHE_BYTES_PER_SECOND
+        limit = max(seconds, key=seconds.__getitem__)
         copying = 2 * batch_bytes(inputs) / h200.BYTES_PER_SECOND * launched.copied
         return {
             **inputs,
@@ -157,8 +195,9 @@ class Kernels:
             "workspace_bytes": launched.workspace_bytes,
             "least": asdict(least),
             "least_seconds": least.seconds(h200.BYTES_PER_SECOND, {**h200.PLAIN_FLOPS, **h200.TENSOR_FLOPS}),
-            "waits_for": waits_for,
-            "seconds": seconds[waits_for] + copying,
+            "widest_load": widest_load(counts),
+            "limited_by": limit,
+            "seconds": seconds[limit] + copying,
         }
 
     def resident(self, launch: Launch) -> int:
@@ -193,12 +232,23 @@ def main_launch(launched: Launches) -> Launch:
     return next(one for one in launched.launches if one.kernel.startswith(names))
 
 
-def busy_share(blocks: list[int], at_once: int) -> float:
-    """Of the places for blocks, while they run: each takes the next one when it is done."""
-    ends = [0] * min(at_once, len(blocks))
+def busy_share(blocks: list[int], resident: int) -> float:
+    """Share of the places for blocks that are taken while the blocks run, each of which takes the next free one.
+
+    Where there are few blocks, each multiprocessor gets as many of them as the others.
+    """
+    resident = min(resident, math.ceil(len(blocks) / h200.MULTIPROCESSORS))
+    places = h200.MULTIPROCESSORS * resident
+    ends = [0] * min(places, len(blocks))
     for work in blocks:
         heapq.heapreplace(ends, ends[0] + work)
-    return sum(blocks) / (max(ends) * at_once)
+    return sum(blocks) / (max(ends) * places)
+
+
+def widest_load(counts: Counts) -> str | None:
+    """Of the loads from global memory in the loops; none if those of a map are not counted."""
+    loads = [one for one, count in counts.items() if count > 0 and one.startswith(("LDG.", "LDGSTS."))]
+    return max(loads, key=h200.access_bytes, default=None)
 
 
 def samples(shape: tuple[int, ...]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import results
 from gpu import kernels_digest
-from h200 import Least, access_bytes
+from h200 import Least
 from tables import duration, paragraph, sizes, table
 
 Row = dict[str, Any]
@@ -15,6 +15,8 @@ Found = dict[str, Any]
 SMALLEST = 1 << 20
 """Bytes of a batch: a kernel is done with less before the device is full."""
 NOT_MEASURED = "not measured"
+TOOLS = ("benchmarks/h200.py", "benchmarks/kernel_loops.py", "benchmarks/launches.py", "benchmarks/cuda_estimates.py")
+"""What makes the estimates, beside the kernels."""
 
 
 def measured() -> Found:
@@ -25,6 +27,11 @@ def measured() -> Found:
     if sections["kernels_digest"] != kernels_digest():
         return {}
     return {name: one["found"] for name, one in sections.items() if isinstance(one, dict) and "found" in one}
+
+
+def estimates_digest() -> str:
+    """Of all that estimates depend on, but the compiler."""
+    return kernels_digest(*TOOLS, "tests/machine_code.py", "tests/cuda_compiler.py")
 
 
 def estimated() -> Found:
@@ -47,16 +54,16 @@ def cuda_roofline() -> str:
     """How near each kernel comes to its least time, the worst first."""
     found, lines = measured(), {}
     for row in estimated()["rows"]:
-        if row["least"]["bytes"] >= SMALLEST:
+        if row["least"]["moved_bytes"] >= SMALLEST:
             lines.setdefault((row["operator"], row["kernel"]), []).append((row, *times_of(row, found)))
     cells = []
     for (operator, kernel), some in lines.items():
         shares = [least / seconds for _, least, seconds in some]
         (row, least, seconds), worst = some[shares.index(min(shares))], min(shares)
         batch = f"{sizes(row['shape'])}, stride {row['stride']}" if row.get("stride", 1) > 1 else sizes(row["shape"])
-        times = [batch, duration(least), duration(seconds), row["waits_for"]]
+        times = [batch, duration(least), duration(seconds), row["limited_by"]]
         cells.append((worst, [f"`{kernel}`", operator.replace("_", " "), *times, f"{worst:.0%}", share(shares)]))
-    titles = ["kernel", "operator", "worst batch", "least time", "time", "waits for", "share", "mean share"]
+    titles = ["kernel", "operator", "worst batch", "least time", "time", "limited by", "share", "mean share"]
     return table(titles, [line for _, line in sorted(cells, key=lambda one: one[0])], texts=3)
 
 
@@ -89,17 +96,17 @@ def seconds_of(row: Row, section: list[Row]) -> float:
 
 def cuda_kernels() -> str:
     """What the compiler made of the kernels that read a batch."""
-    used = {row["kernel"] for row in estimated()["rows"]}
+    used = {row["kernel"]: row["widest_load"] for row in estimated()["rows"]}
     rows = []
     for one in estimated()["kernels"]:
         if one["kernel"] not in used:
             continue
-        loads = max((opcode for opcode in one["loads"] if opcode.startswith(("LDG.", "LDGSTS."))), key=access_bytes)
-        matrix = ", ".join(one["matrix"]) or "none"
+        load = f"`{used[one['kernel']]}`" if used[one["kernel"]] else ""
+        matrix = ", ".join(one["matrix"])
         numbers = [one["registers"], one["shared"] + one["dynamic_shared"], one["spill_stores"] + one["spill_loads"]]
         fill = [one["threads"], one["blocks_per_multiprocessor"], f"{one['occupancy']:.0%}"]
-        rows.append([f"`{one['kernel']}`", f"`{loads}`", matrix, *map(str, [*numbers, *fill])])
-    titles = ["kernel", "widest load", "matrix instruction", "registers", "shared memory", "spilled bytes"]
+        rows.append([f"`{one['kernel']}`", load, matrix, *map(str, [*numbers, *fill])])
+    titles = ["kernel", "widest load in its loops", "matrix instruction", "registers", "shared memory", "spilled bytes"]
     return table([*titles, "threads", "blocks", "occupancy"], rows, texts=3)
 
 
@@ -116,10 +123,10 @@ def ratios(section: list[Row], *peers: str, fits: Callable[[Row], bool] = lambda
     """Of the fastest of these peers' times, or of all peers', to pcafast's."""
     found = []
     for row in filter(fits, section):
-        times = dict(row["milliseconds"])
-        function = times.pop("pcafast")
-        ours = times.pop("operator", function)
-        found.append(min(times[peer] for peer in peers or times) / ours)
+        milliseconds = dict(row["milliseconds"])
+        function = milliseconds.pop("pcafast")
+        ours = milliseconds.pop("operator", function)
+        found.append(min(milliseconds[peer] for peer in peers or milliseconds) / ours)
     return found
 
 

@@ -44,11 +44,11 @@ SETTINGS = {
 """Of the environment, by section."""
 
 
-def kernels_digest() -> str:
-    """SHA-256 of the CUDA sources, with those that call them, which says what kernels results are of."""
+def kernels_digest(*tools: str) -> str:
+    """SHA-256 of the CUDA sources, those that call them, and these files: it says what kernels results are of."""
     digest = hashlib.sha256()
-    csrc = bare.REPOSITORY / "csrc"
-    for path in sorted(path for pattern in ("cuda/*", "*.h", "*.cpp") for path in csrc.glob(pattern)):
+    patterns = ("csrc/cuda/*", "csrc/*.h", "csrc/*.cpp", *tools)
+    for path in sorted(path for pattern in patterns for path in bare.REPOSITORY.glob(pattern)):
         digest.update(f"{path.relative_to(bare.REPOSITORY).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

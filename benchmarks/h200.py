@@ -1,5 +1,6 @@
 """What an H200 can do, by its datasheet and the CUDA programming guide."""
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -8,8 +9,8 @@ MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
 
 BYTES_PER_SECOND = 4.8e12
 TENSOR_FLOPS = {"bfloat16": 989e12, "float32": 494e12 / 3}  # float32 as three products of TF32
-PLAIN_FLOPS = {"float32": 67e12, "float64": 34e12}
-CLOCKS_PER_SECOND = 1.98e9  # of everything but tensor cores
+PLAIN_FLOPS = {"float64": 34e12}
+CLOCKS_PER_SECOND = 1.98e9  # at which it boosts; the datasheet's rates of tensor cores are those at 1.83e9
 
 MATRIX_SHARE = 0.63
 """Of the rate of tensor cores: what instructions that a single warp waits for reach on Hopper (Luo et al., 2024,
@@ -22,27 +23,28 @@ UNITS = {
     "float64": (1 / 2, "DADD DMUL DFMA DSETP"),
     "float32": (1 / 4, "FADD FMUL FFMA"),
     "integer": (1 / 2, "IADD3 VIADD LOP3 ISETP SEL FSEL SHF PRMT LEA FSETP PLOP3 P2R R2P IMNMX VIMNMX FMNMX"),
+    "multiply": (1 / 2, "IMAD"),
     "conversion": (2, "F2F MUFU"),
     "shuffle": (1, "SHFL"),
 }
 MACS = {"HMMA.16816.F32": 16 * 8 * 16, "HMMA.1688.F32.TF32": 16 * 8 * 8}
-SHARED_ACCESSES, GLOBAL_ACCESSES = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "STG", "LDGSTS")
+SHARED_ACCESSES, GLOBAL_ACCESSES = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "STG")
 SHARED_BYTES_PER_CLOCK = 128
-CACHE_BYTES_PER_CLOCK = 5120 / MULTIPROCESSORS
-"""Of the second-level cache: the A100's, by its whitepaper; no later figure is published."""
+CACHE_BYTES, CACHE_BYTES_PER_SECOND = 50e6, 5120 * CLOCKS_PER_SECOND
+"""Of the L2 cache. 5120 bytes a clock is the A100's rate, by its whitepaper; no later figure is published."""
 
 
 @dataclass(frozen=True)
 class Least:
     """What an operator must do: bytes to move, and operations, whose rate is that of this dtype."""
 
-    bytes: float
+    moved_bytes: float
     operations: float = 0
     dtype: str = "float32"
 
     def seconds(self, bytes_per_second: float, flops: dict[str, float]) -> float:
-        """Whichever takes longer."""
-        return max(self.bytes / bytes_per_second, self.operations / flops[self.dtype])
+        """The time of the bytes or that of the operations, whichever is longer."""
+        return max(self.moved_bytes / bytes_per_second, self.operations / flops[self.dtype])
 
 
 def clocks(counts: Counter[str]) -> dict[str, float]:
@@ -55,15 +57,19 @@ def clocks(counts: Counter[str]) -> dict[str, float]:
                 busy[unit] += each * count
         if base in SHARED_ACCESSES:
             busy["shared"] += count * 32 * access_bytes(opcode) / SHARED_BYTES_PER_CLOCK
-        if base in GLOBAL_ACCESSES:
-            busy["cache"] += count * 32 * access_bytes(opcode) / CACHE_BYTES_PER_CLOCK
         if base == "HMMA":
             busy["tensor"] += count * tensor_clocks(opcode)
     return dict(busy)
 
 
+def global_bytes(counts: Counter[str]) -> float:
+    """Bytes that these instructions of a warp read from global memory and write to it."""
+    accesses = [(one, count) for one, count in counts.items() if one.split(".")[0] in GLOBAL_ACCESSES]
+    return sum(32 * access_bytes(opcode) * count for opcode, count in accesses)
+
+
 def access_bytes(opcode: str) -> int:
-    """Of a lane: of the opcode LDS.128 it is 16. Four matrices of 8x8 are 16 as well."""
+    """Bytes that one lane accesses: 16 for LDS.128, and for LDSM of four 8x8 matrices."""
     parts = opcode.split(".")
     if parts[0] == "LDSM":
         return 4 * int(parts[-1] if parts[-1].isdigit() else 1)
@@ -81,10 +87,10 @@ def tensor_clocks(opcode: str) -> float:
 def resident_blocks(threads: int, registers: int, shared_bytes: int) -> int:
     """How many of a kernel's blocks a multiprocessor of compute capability 9.0 holds at once.
 
-    It has 64 warps, 32 blocks, 65,536 registers, given to warps by 256, and 228 KiB of shared memory, of which every
-    block takes one for itself.
+    It has room for 64 warps and 32 blocks, four register files of 16,384 registers each, given to warps by 256, and 228
+    KiB of shared memory, of which every block takes one for itself.
     """
-    warps = -(-threads // 32)
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    warps = math.ceil(threads / 32)
+    warps_by_registers = 4 * (16384 // (math.ceil(registers * 32 / 256) * 256))
     by_shared = (228 << 10) // (shared_bytes + (1 << 10))
-    return min(64 // warps, 32, by_registers, by_shared)
+    return min(64 // warps, 32, warps_by_registers // warps, by_shared)

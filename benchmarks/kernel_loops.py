@@ -15,23 +15,38 @@ from machine_code import Code, number
 
 Counts = Counter[str]
 Lattices = list[tuple[int, bool]]
-"""Of pixels: how many samples each has, and whether they are their own partners."""
+"""How many samples each lattice of pixels has, and whether it is symmetric: whether pixels are their own partners."""
 
 
-def times(counts: Counts, factor: float) -> Counts:
+def scaled(counts: Counts, factor: float) -> Counts:
     return Counter({opcode: count * factor for opcode, count in counts.items()})
 
 
-def pair_chunks(channels: int, lattices: Lattices, kernel: str) -> float:
-    """How often a warp multiplies a chunk of 32 samples, by all warps together.
+def pair_counts(code: Code, channels: int, lattices: Lattices, launch: Launch) -> Counts:
+    """What all warps execute for the products of pairs of pixels, but for sums of channels.
 
-    A warp has some rows and half of the columns of a tile; of a lattice of pixels that are their own partners it has
-    nothing to do below the diagonal.
+    A warp has some rows and half of the columns of a tile; of a symmetric lattice it has nothing to multiply below the
+    diagonal. Those that multiply nothing copy samples to shared memory all the same.
     """
-    rows, columns = tile_of_warp(kernel)
+    rows, columns = tile_of_warp(launch.kernel)
     parts = list(itertools.product(range(0, channels, rows), range(0, channels, columns)))
-    of_symmetric = sum(row < column + columns for row, column in parts)
-    return sum(pixels / 32 * (of_symmetric if symmetric else len(parts)) for pixels, symmetric in lattices)
+    upper, tiles = sum(row < column + columns for row, column in parts), math.ceil(channels / (2 * columns))
+    multiplying = all_warps = 0.0
+    for samples, symmetric in lattices:
+        multiplying += samples / 32 * (upper if symmetric else len(parts))
+        pairs = tiles * (tiles + 1) // 2 if symmetric else tiles * tiles
+        all_warps += samples / 32 * pairs * launch.threads / 32
+    working, copying = chunk_counts(code, launch.kernel)
+    return scaled(working, multiplying) + scaled(copying, all_warps - multiplying)
+
+
+def pair_bytes(channels: int, lattices: Lattices, kernel: str, element_bytes: int) -> float:
+    """Bytes that blocks ask the L2 cache for: the channels of both tiles of every pair, or of one that is its own."""
+    tile = 2 * tile_of_warp(kernel)[1]
+    sizes = [min(tile, channels - first) for first in range(0, channels, tile)]
+    apart = sum(a + b for a, b in itertools.product(sizes, sizes))
+    upper = sum(sizes) + sum(a + b for a, b in itertools.combinations(sizes, 2))
+    return element_bytes * sum(samples * (upper if symmetric else apart) for samples, symmetric in lattices)
 
 
 def block_samples(channels: int, lattices: Lattices, launch: Launch) -> list[int]:
@@ -52,17 +67,17 @@ def block_samples(channels: int, lattices: Lattices, launch: Launch) -> list[int
 
     lattices = sorted(lattices, key=lambda one: -one[0])  # as patch_covariance.cu does
     sizes = range(32, max(samples for samples, _ in lattices) + 32, 32)
-    return next(blocks for blocks in map(cut, sizes) if len(blocks) <= launch.blocks)
+    return next(blocks for blocks in map(cut, sizes) if len(blocks) == launch.blocks)
 
 
 def tile_of_warp(kernel: str) -> tuple[int, int]:
-    """Its rows and columns."""
+    """Rows and columns of channels that one warp multiplies."""
     tile, rows = re.findall(r", (\d+), (?:false|true), (\d+)>", kernel)[0]
     return int(rows), int(tile) // 2
 
 
-def chunk_counts(code: Code, kernel: str) -> Counts:
-    """What a warp does for 32 samples, but for sums of channels."""
+def chunk_counts(code: Code, kernel: str) -> tuple[Counts, Counts]:
+    """What a warp executes for a chunk of 32 samples: one that multiplies, and one that only copies."""
     inner = code.innermost("HMMA")
     rows, columns = tile_of_warp(kernel)
     half = "Half" in kernel
@@ -74,7 +89,7 @@ def chunk_counts(code: Code, kernel: str) -> Counts:
     copies["STS"] = number(counts, "STS") - sums
     rounds = max(needed // number(within, "HMMA"), 1)
     around = code.once_round(outer, {"HMMA": needed // rounds, **copies})
-    return around + times(within, rounds - 1)
+    return around + scaled(within, rounds - 1), code.once_round(outer, {"HMMA": 0, **copies})
 
 
 def rank_small(code: Code, kernel: str, side: int) -> Counts:
@@ -85,11 +100,11 @@ def rank_small(code: Code, kernel: str, side: int) -> Counts:
     total: Counts = Counter()
     for phase, loop in enumerate(phases):
         steps = min(max(side - phase * row_lanes, 0), row_lanes)
-        total += times(code.once_round(loop, {"MUFU": 4}), steps)
+        total += scaled(code.once_round(loop, {"MUFU": 4}), steps)
     bounds, ranks = sturm_loops(code)
-    rounds = {4: 9, 16: 5, 32: 4}[lanes]
-    total += times(bounds, rounds * side / 4)
-    return times(total, lanes / 32) + times(ranks, 2 * side / 4 * lanes / 128)
+    rounds = {4: 9, 16: 5, 32: 4}[lanes]  # kRounds of rank_steps.h
+    total += scaled(bounds, rounds * side / 4)
+    return scaled(total, lanes / 32) + scaled(ranks, 2 * side / 4 * lanes / 128)
 
 
 def sturm_loops(code: Code) -> tuple[Counts, Counts]:
@@ -102,7 +117,7 @@ def sturm_loops(code: Code) -> tuple[Counts, Counts]:
 def rank_large(code: Code, kernel: str, side: int) -> Counts:
     """For one map: the eight warps of a block repeat what is done with vectors, and share the columns, two at once."""
     bounds, ranks = sturm_loops(code)
-    total = times(bounds, 4 * side / 4) + times(ranks, 2 * side / 4)
+    total = scaled(bounds, 4 * side / 4) + scaled(ranks, 2 * side / 4)
     chunks = int(re.findall(r"\d+", kernel)[0])
     of_columns = sorted(
         (one for one in code.loops if number(code.counts(one), "SHFL.BFLY") == 20), key=lambda one: one.first
@@ -111,5 +126,5 @@ def rank_large(code: Code, kernel: str, side: int) -> Counts:
         around, each = code.once_round(code.around(columns), {"MUFU": 4}), code.counts(columns)
         rows = math.ceil(chunks / 4) * 32
         for k in range(phase * rows, min((phase + 1) * rows, side)):
-            total += times(around, 8) + times(each, max((side - k - 1) / 2 - 8, 0))
+            total += scaled(around, 8) + scaled(each, (side - k - 1) / 2)
     return total

@@ -46,7 +46,7 @@ class Loop:
 
 @dataclass
 class Code:
-    """Of one kernel."""
+    """The instructions of one kernel."""
 
     instructions: list[Instruction]
 
@@ -57,7 +57,11 @@ class Code:
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
-        """Inner ones before those around them. A jump back from what is seldom done, out of the way, makes none."""
+        """All loops, inner ones before those around them.
+
+        A jump back makes one if there is no way to it but through its target; that from a slow path, which the compiler
+        has put behind everything else, makes none.
+        """
         backwards = {}
         for place, one in enumerate(self.instructions):
             if one.target is not None and one.target < place and not self.reached_without(one.target, place):
@@ -74,22 +78,22 @@ class Code:
         """The smallest loop around this one."""
         return next(loop for loop in self.loops if loop.first < inner.first and inner.last <= loop.last)
 
-    def once_round(self, loop: Loop, times: dict[str, int]) -> Counts:
+    def once_round(self, loop: Loop, needed: dict[str, int]) -> Counts:
         """The fewest instructions on a way through the loop on which each of these opcodes stands so many times.
 
         So what a warp seldom does, such as the slow path of a division, is left out. Jumps back within are not taken.
         """
-        ways: dict[int, Ways] = {loop.first: {(0,) * len(times): (0, ())}}
+        ways: dict[int, Ways] = {loop.first: {(0,) * len(needed): (0, ())}}
         finished: Ways = {}
         for block in self.blocks(loop):
             counts = Counter(self.instructions[place].opcode for place in block)
             for before, (length, way) in ways.pop(block.start, {}).items():
-                arrived = tuple(old + number(counts, key) for old, key in zip(before, times, strict=True))
+                arrived = tuple(old + number(counts, key) for old, key in zip(before, needed, strict=True))
                 for place in self.successors(block.stop - 1):
                     at = finished if place == loop.first else ways.setdefault(place, {})
                     if arrived not in at or length + len(block) < at[arrived][0]:
                         at[arrived] = length + len(block), (*way, block)
-        _, way = finished[tuple(times.values())]
+        _, way = finished[tuple(needed.values())]
         return Counter(self.instructions[place].opcode for block in way for place in block)
 
     def blocks(self, loop: Loop) -> list[range]:
