@@ -185,11 +185,11 @@ class Kernels:
         seconds["memory"] = moved / h200.BYTES_PER_SECOND
         seconds["cache"] = (cached + kept) / h200.CACHE_BYTES_PER_SECOND
         limit = max(seconds, key=seconds.__getitem__)
-        copying = 2 * batch_bytes(inputs) / h200.BYTES_PER_SECOND * launched.copied
+        copying = launched.copied_bytes / h200.BYTES_PER_SECOND
         return {
             **inputs,
             "kernel": launch.kernel,
-            "launches": len(launched.launches) + launched.copied,
+            "launches": len(launched.launches) + (launched.copied_bytes > 0),
             "blocks": launch.blocks,
             "busy": busy,
             "workspace_bytes": launched.workspace_bytes,

@@ -68,7 +68,7 @@ class Launches:
 
     launches: list[Launch]
     workspace_bytes: int
-    copied: bool = False  # whether torch copies the batch first, so that channels lie side by side
+    copied_bytes: int = 0  # read and written where torch copies the batch first, so that channels lie side by side
 
 
 class Planner(Kernels):
@@ -130,7 +130,7 @@ def of_covariance(x: Tensor, groups: int = 1, weight: Tensor | None = None) -> L
     fits = x.ndim < 3 or x.shape[1] <= 64 or weight is not None or math.prod(x.shape[2:]) % 4 == 0
     inside, copied = with_channels_inside(x, fits)
     args = CovarianceArgs(view(inside), None if weight is None else weight.data_ptr(), groups, 1.0)
-    return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied=copied)
+    return replace(planner("covariance").plan("covariance_workspace", "covariance_update", args), copied_bytes=copied)
 
 
 def of_patch_covariance(x: Tensor, of: Layout, groups: int) -> Launches:
@@ -143,7 +143,8 @@ def of_patch_covariance(x: Tensor, of: Layout, groups: int) -> Launches:
     edges = of.rectangles[:, [1, 3, 5]]
     strides_fit = x.stride(3) == 1 and all(stride % 4 == 0 for stride in x.stride()[:3])
     fits = strides_fit and int(of.steps[1]) == 1 and bool((edges % 4 == 0).all())
-    inside, copied = with_channels_inside(x, fits)
+    padded = not fits and x.shape[1] % 4 != 0
+    inside, copied = with_padded_channels(x) if padded else with_channels_inside(x, fits)
     args = PatchCovarianceArgs(
         MapView.of(inside),
         *x.shape[2:],
@@ -160,8 +161,9 @@ def of_patch_covariance(x: Tensor, of: Layout, groups: int) -> Launches:
         groups,
         of.patches,
     )
+    args.padded = padded
     planned = planner("patch_covariance").plan("patch_covariance_workspace", "patch_covariance_update", args)
-    return replace(planned, copied=copied)
+    return replace(planned, copied_bytes=copied)
 
 
 def of_taylor(activation: Tensor, gradient: Tensor) -> Launches:
@@ -177,10 +179,19 @@ def of_rank(maps: Tensor) -> Launches:
     return planner("rank").plan("rank_workspace", "rank", RankArgs(MapView.of(maps), 0.0, 0.0))
 
 
-def with_channels_inside(x: Tensor, positions_fit: bool) -> tuple[Tensor, bool]:
-    """As csrc/ops.cpp copies a batch."""
-    copied = x.ndim > 2 and x.stride(1) != 1 and x.shape[1] % 4 == 0 and not positions_fit
-    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if copied else x), copied
+def with_channels_inside(x: Tensor, positions_fit: bool) -> tuple[Tensor, int]:
+    """As csrc/ops.cpp copies a batch, and the bytes read and written."""
+    if x.ndim < 3 or x.stride(1) == 1 or x.shape[1] % 4 != 0 or positions_fit:
+        return x, 0
+    return x.movedim(1, -1).contiguous().movedim(-1, 1), 2 * x.nbytes
+
+
+def with_padded_channels(x: Tensor) -> tuple[Tensor, int]:
+    """As csrc/ops.cpp leaves room after the channels, and the bytes read and written."""
+    count, channels, height, width = x.shape
+    room = math.ceil(channels * x.itemsize / 16) * 16 // x.itemsize
+    copy = torch.empty((count, height, width, room), dtype=x.dtype, device=x.device)
+    return copy[..., :channels].movedim(3, 1), x.nbytes + copy.nbytes
 
 
 def view(x: Tensor) -> ChannelView:

@@ -104,6 +104,9 @@ struct PatchCovarianceArgs {
   double* comoment;  // (slots, groups, channels * taps / groups, channels * taps / groups)
   int64_t* skipped;
   double* workspace;  // on CUDA, patch_covariance_workspace(args) doubles, uninitialised
+  // Whether on CUDA the memory after the channels of a pixel, up to the next pixel, may be read as well, where channels
+  // lie side by side.
+  int64_t padded;
 };
 
 // Number of singular values of every map above max(atol, rtol * largest).

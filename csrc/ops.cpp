@@ -403,6 +403,14 @@ Tensor with_channels_inside(const Tensor& x, bool positions_fit) {
   return copy ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x;
 }
 
+// With room after the channels of a pixel for whole vectors of 16 bytes.
+Tensor with_padded_channels(const Tensor& maps) {
+  const int64_t channels = maps.size(1), vector = 16 / maps.element_size();
+  const int64_t room = (channels + vector - 1) / vector * vector;
+  const Tensor all = at::zeros({maps.size(0), maps.size(2), maps.size(3), room}, maps.options());
+  return all.narrow(3, 0, channels).copy_(maps.movedim(1, 3)).movedim(3, 1);
+}
+
 void covariance_update_cuda(const Tensor& x, int64_t channel_dim, int64_t groups, double scale,
                             const std::optional<Tensor>& weight, Tensor& count, Tensor& mean, Tensor& comoment,
                             Tensor& skipped) {
@@ -432,12 +440,19 @@ void patch_covariance_update_cuda(const Tensor& x, const Tensor& source_rows, co
     for (int64_t l = 0; l < lattices.size(0); ++l) {
       positions_fit &= four(pairs[l].left) && four(pairs[l].columns) && four(pairs[l].right);
     }
+    const bool padded = !positions_fit && maps.size(1) % 4 != 0;
+    const auto of_padded = [&](PatchCovarianceArgs args) {
+      args.padded = padded;
+      return args;
+    };
     patch_covariance_update(
-        cuda::patch_covariance_workspace,
-        [](const PatchCovarianceArgs& args) { cuda::patch_covariance_update(args, c10::cuda::getCurrentCUDAStream()); },
-        with_channels_inside(maps, positions_fit), at::arange(maps.size(2), at::kLong),
-        at::arange(maps.size(3), at::kLong), tap, step, lattices, slot_ends, slot_rectangles, patches_per_example,
-        groups, patches, count, left, right, comoment, skipped);
+        [&](const PatchCovarianceArgs& args) { return cuda::patch_covariance_workspace(of_padded(args)); },
+        [&](const PatchCovarianceArgs& args) {
+          cuda::patch_covariance_update(of_padded(args), c10::cuda::getCurrentCUDAStream());
+        },
+        padded ? with_padded_channels(maps) : with_channels_inside(maps, positions_fit),
+        at::arange(maps.size(2), at::kLong), at::arange(maps.size(3), at::kLong), tap, step, lattices, slot_ends,
+        slot_rectangles, patches_per_example, groups, patches, count, left, right, comoment, skipped);
   };
   // The tables lead nowhere outside of x: only then are they followed.
   const PatchCovarianceArgs args =

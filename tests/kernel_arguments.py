@@ -79,6 +79,7 @@ class PatchCovarianceArgs(ctypes.Structure):
         ("groups", ctypes.c_int64),
         ("patches_per_example", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in (*STATE, "workspace")),
+        ("padded", ctypes.c_int64),
     )
 
 

@@ -367,16 +367,19 @@ def test_results_of_other_kernels_or_another_gpu_are_not_kept(tmp_path, module):
     assert earlier(path, "digest") == {}
 
 
-def test_the_digest_is_of_the_native_sources(tmp_path, module, monkeypatch):
+def test_the_digest_is_of_the_cuda_sources_and_of_what_calls_them(tmp_path, module, monkeypatch):
     gpu = module("gpu")
     monkeypatch.setattr(gpu.bare, "REPOSITORY", tmp_path)
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for folder in ("cuda", "cpu"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
     digests = [gpu.kernels_digest()]
-    for name, text in (("a.cu", ""), ("b.h", ""), ("b.h", "x"), ("c.txt", "x")):
-        (tmp_path / "csrc" / "cuda" / name).write_text(text)
+    for name, text in (("cuda/a.cu", ""), ("cuda/b.h", ""), ("cuda/b.h", "x"), ("ops.cpp", ""), ("cpu/c.cpp", "x")):
+        (tmp_path / "csrc" / name).write_text(text)
         digests.append(gpu.kernels_digest())
-    assert len(set(digests)) == 4
-    assert digests[3] == digests[4]
+    assert len(set(digests)) == 5
+    assert digests[4] == digests[5]
+    (tmp_path / "tool.py").touch()
+    assert gpu.kernels_digest("tool.py") != digests[5]
 
 
 def test_what_the_gpu_run_calls(module, monkeypatch):

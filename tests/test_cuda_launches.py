@@ -213,9 +213,21 @@ def test_batches_are_copied_where_else_every_element_were_loaded_by_itself(launc
     """So that channels lie side by side, if rows of positions do not begin at multiples of four."""
     stride = [1] if operator == "patch_covariance" else []
     first, last = (getattr(launches, operator)((8, 512, 7, 7), "bfloat16", layout, *stride) for layout in LAYOUTS)
-    assert (first.copied, last.copied) == (True, False)
+    assert (first.copied_bytes, last.copied_bytes) == (2 * 8 * 512 * 7 * 7 * 2, 0)
     assert first.launches == last.launches
     assert "AsyncStaging, BFloat16, 8>" in " ".join(one.kernel for one in first.launches)
+
+
+@pytest.mark.parametrize(("dtype", "last"), [("bfloat16", "AsyncStaging, BFloat16, 8>"), ("float32", "float, 4>")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_maps_of_few_channels_are_copied_with_room_for_vectors(
+    launches: ModuleType, dtype: str, last: str, layout: str
+) -> None:
+    found = launches.patch_covariance((16, 3, 32, 32), dtype, layout, 1)
+    size = 2 if dtype == "bfloat16" else 4
+    assert found.copied_bytes == 16 * 32 * 32 * (3 * size + 16)
+    (first, _) = (one.kernel for one in found.launches if one.kernel.startswith("multiply_pairs"))
+    assert first.endswith(last)
 
 
 @pytest.mark.parametrize("shape", [(128, c, side, side) for c, side in ((64, 56), (256, 14), (512, 28), (1024, 14))])

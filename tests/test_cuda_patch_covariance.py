@@ -118,7 +118,9 @@ class PatchCovariance:
     def device(self) -> str:
         return self.kernels.device
 
-    def __call__(self, state: State, x: torch.Tensor, pairs: Pairs, patches: int = 0, schedule: int = 0) -> None:
+    def __call__(
+        self, state: State, x: torch.Tensor, pairs: Pairs, patches: int = 0, schedule: int = 0, padded: bool = False
+    ) -> None:
         flat = [number for lattice in pairs.lattices for number in lattice]
         entries = [number for slot in pairs.slots for number in slot]
         ends = [sum(map(len, pairs.slots[: slot + 1])) for slot in range(len(pairs.slots))]
@@ -141,6 +143,7 @@ class PatchCovariance:
             patches,
             *(tensor.data_ptr() for tensor in state.tensors()),
         )
+        args.padded = padded
         self.kernels.update("patch_covariance", args, schedule)
 
 
@@ -213,6 +216,21 @@ def test_tiles_and_groups(
     state = State.zero(pairs, shape[1], groups, patch_covariance.device)
     patch_covariance(state, LAYOUTS[layout](x.to(dtype)), pairs)
     assert_close(state, State.of(x, pairs, groups), 2e-7 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (1, 1), (13, 1), (70, 1), (130, 1), (6, 3)])
+@pytest.mark.parametrize("dtype", ChannelView.DTYPES, ids=str)
+def test_what_lies_after_padded_channels_does_not_count(
+    patch_covariance: PatchCovariance, dtype: torch.dtype, channels: int, groups: int
+) -> None:
+    x = exact_batch((2, channels, 5, 6), patch_covariance.device)
+    pairs = pairs_of_same_3x3(5, 6)
+    padded = torch.full((2, 5, 6, (channels + 7) // 8 * 8), torch.nan, dtype=dtype, device=x.device)
+    maps = padded[..., :channels].copy_(x.movedim(1, 3)).movedim(3, 1)
+    state = State.zero(pairs, channels, groups, patch_covariance.device)
+    patch_covariance(state, maps, pairs, patches=7, padded=True)
+    tolerance = 2e-7 if dtype == torch.float32 else 1e-14
+    assert_close(state, State.of(x, pairs, groups, patches=7), tolerance)
 
 
 @pytest.mark.parametrize("layout", ["channels", "columns"])

@@ -8,8 +8,8 @@ namespace {
 
 Samples samples(const CovarianceArgs& args) {
   const ChannelView x = joined(args.x);
-  return {x.data,           x.dtype, x.examples,        x.channels,  x.example_stride,
-          x.channel_stride, 0,       x.position_stride, args.weight, args.groups};
+  return {x.data,      x.dtype,     x.examples, x.channels, x.example_stride, x.channel_stride, 0, x.position_stride,
+          args.weight, args.groups, false};
 }
 
 PairTables tables(const CovarianceArgs& args) {

@@ -108,7 +108,7 @@ bool vectors_fit(const PairBatch& batch, const std::vector<Lattice>& lattices, b
   const auto fits = [&](int64_t number) { return number % width == 0; };
   bool fit = reinterpret_cast<uintptr_t>(x.data) % (width * bytes) == 0 && fits(x.example_stride) &&
              fits(x.row_stride) && fits(channels_inside ? x.column_stride : x.channel_stride);
-  if (channels_inside) fit &= fits(x.channels) && (batch.bundles == 1 || fits(batch.bundle));
+  if (channels_inside) fit &= (fits(x.channels) || x.padded) && (batch.bundles == 1 || fits(batch.bundle));
   for (const Lattice& lattice : lattices) {
     if (samples_of(x, lattice) == 0) continue;
     fit &= fits(lattice.first) && fits(lattice.partner) && (channels_inside || fits(lattice.columns));

@@ -15,6 +15,7 @@ struct Samples {
   int64_t example_stride, channel_stride, row_stride, column_stride;
   const double* weight;  // of sample i, or null
   int64_t groups;        // of channels, which are multiplied with those of their own group alone
+  bool padded;           // whether the elements after the last channel may be read, up to the next pixel
 };
 
 // x / y for 0 <= x < 2^53 and the reciprocal of y to rounding; a division of 64-bit integers would be a function call.

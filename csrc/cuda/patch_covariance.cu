@@ -21,7 +21,8 @@ Samples samples(const PatchCovarianceArgs& args) {
           args.row_step * x.row_stride,
           args.column_step * x.column_stride,
           nullptr,
-          args.groups};
+          args.groups,
+          args.padded != 0};
 }
 
 PairTables tables(const PatchCovarianceArgs& args) {
