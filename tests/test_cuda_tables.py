@@ -52,9 +52,11 @@ def test_without_a_gpu_all_is_estimated(tables: ModuleType) -> None:
 def test_results_of_other_kernels_do_not_count(tables: ModuleType) -> None:
     gpu_results(tables, kernels={"name": "NVIDIA H200"})
     assert "NVIDIA H200" in tables.cuda_source()
+    assert "timed on one NVIDIA H200" in tables.cuda_status()
     text = (tables.results.FOLDER / "gpu.json").read_text()
     (tables.results.FOLDER / "gpu.json").write_text(text.replace(tables.kernels_digest(), "another"))
     assert "estimates" in tables.cuda_source()
+    assert "have not been timed" in tables.cuda_status()
 
 
 def test_what_is_measured_takes_the_place_of_estimates(tables: ModuleType) -> None:
