@@ -177,13 +177,12 @@ class Kernels:
         busy = busy_share(blocks or [1] * launch.blocks, resident)
         at_once = h200.MULTIPROCESSORS * h200.CLOCKS_PER_SECOND * busy
         seconds = {unit: clocks / at_once for unit, clocks in h200.clocks(counts).items()}
-        # What blocks leave in the workspace, or keep there, is written and read.
-        kept = cached if inputs["operator"] == "rank" else 2 * launched.workspace_bytes
-        moved = least.moved_bytes
-        if launched.workspace_bytes + (0 if inputs["operator"] == "rank" else moved) > h200.CACHE_BYTES:
-            moved += kept
-        seconds["memory"] = moved / h200.BYTES_PER_SECOND
-        seconds["cache"] = (cached + kept) / h200.CACHE_BYTES_PER_SECOND
+        # Maps are read and written in the workspace, in loops that `cached` is of; others write to it and read it once.
+        of_maps = inputs["operator"] == "rank"
+        kept, beside = (cached, 0) if of_maps else (2 * launched.workspace_bytes, least.moved_bytes)
+        stays = launched.workspace_bytes + beside <= h200.CACHE_BYTES
+        seconds["memory"] = (least.moved_bytes + (0 if stays else kept)) / h200.BYTES_PER_SECOND
+        seconds["cache"] = (cached + (0 if of_maps else kept)) / h200.CACHE_BYTES_PER_SECOND
         limit = max(seconds, key=seconds.__getitem__)
         copying = launched.copied_bytes / h200.BYTES_PER_SECOND
         return {

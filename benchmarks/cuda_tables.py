@@ -58,7 +58,7 @@ def cuda_source() -> str:
         return paragraph(f"Measured on one {found['kernels']['name']} (`gpu.json`).")
     return paragraph(
         "The kernels as they are now have not run on a GPU: **all times below are estimates** (`cuda_estimates.json`), "
-        "and what is measured will be more, since latencies and launches are left out."
+        "mostly too short ones, since latencies, launches and the merge into the state are left out."
     )
 
 
